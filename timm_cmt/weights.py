@@ -1,0 +1,84 @@
+"""Where pretrained weights come from, and that a file of them is whole before timm loads it."""
+
+import logging
+import os
+from pathlib import Path
+from urllib.parse import urlparse
+
+import safetensors
+import torch
+from timm.models import PretrainedCfg
+
+__all__ = ["RELEASE_URL", "ensure_whole"]
+
+RELEASE_URL = "https://github.com/ggjy/CMT.pytorch/releases/download/release-v1"
+
+_logger = logging.getLogger(__name__)
+
+
+def ensure_whole(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> None:
+    """Check the weights that `cfg` leads timm to, downloading them first where it names a URL.
+
+    timm would download too, but without a progress bar, and torch.hub keeps a download that was cut short as if it were
+    whole. A broken file in the cache is named in a warning and fetched again. Sources that timm checks itself (the Hub,
+    a directory, a state dict) are left to it.
+
+    Raises:
+        FileNotFoundError: `cfg` names a file that is not there.
+        RuntimeError: The file is broken or no checkpoint, would run code, or could not be downloaded.
+    """
+    if cfg.source in ("hf-hub", "local-dir") or cfg.state_dict:
+        return
+    if cfg.file:
+        if not os.path.isfile(cfg.file):
+            raise FileNotFoundError(f"there is no checkpoint at {cfg.file}")
+        problem = _find_problem(cfg.file)
+        if problem:
+            raise RuntimeError(f"{cfg.file} {problem}")
+    elif cfg.url and not cfg.hf_hub_id:
+        _download(cfg.url, Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints"))
+
+
+def _download(url: str, folder: Path) -> None:
+    path = folder / Path(urlparse(url).path).name  # the name under which torch.hub looks for it
+    if path.exists():
+        problem = _find_problem(path)
+        if not problem:
+            return
+        _logger.warning("%s %s. Downloading it again.", path, problem)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        print(f"Downloading {url} to {path}")
+        torch.hub.download_url_to_file(url, str(part), progress=True)
+        problem = _find_problem(part)
+        if problem:
+            raise RuntimeError(f"what came from {url} {problem}")
+        os.replace(part, path)
+    except OSError as err:
+        raise RuntimeError(
+            f"{url} could not be downloaded to {folder} ({err}); "
+            f"put the file there by hand, or pass pretrained_cfg_overlay=dict(file=...)"
+        ) from err
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _find_problem(path: str | Path) -> str | None:
+    """Why a checkpoint cannot be loaded, as the end of a sentence about it; None if it can."""
+    try:
+        if str(path).endswith(".safetensors"):
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                file.keys()
+        else:
+            torch.load(path, map_location="meta", weights_only=True)  # "meta" reads no more than it has to
+    except Exception as err:
+        try:
+            blocked = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        except Exception:
+            blocked = []
+        if blocked:
+            return f"is refused: beside tensors it holds {', '.join(blocked)}, and loading that could run code"
+        reason = str(err).splitlines()[0] if str(err) else type(err).__name__
+        return f"is cut short or no checkpoint ({reason})"
+    return None
