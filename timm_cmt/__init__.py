@@ -39,6 +39,8 @@ def register() -> None:
 
 
 def _import_models(timm_models: Any) -> None:
+    # What cmt imports from this package must not import timm itself: were it imported first, we would come by here
+    # while it is half made.
     try:
         from . import cmt  # noqa: F401  (importing it registers the models)
     except Exception as err:

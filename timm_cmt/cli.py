@@ -57,7 +57,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--model", default="cmt_ti", choices=list(VARIANTS), help="the model")
     demo.add_argument("--pretrained", action="store_true", help="start from the ImageNet weights")
-    demo.add_argument("--epochs", type=_positive, default=15, help="epochs over the training images")
+    demo.add_argument("--epochs", type=_positive, default=12, help="epochs over the training images")
     demo.add_argument("--img-size", type=_image_size, default=64, help="height and width in pixels")
     demo.add_argument("--output", type=Path, default=Path("timm-cmt-demo"), help="folder to write into")
     demo.add_argument("--device", type=_device, default="cpu", help="torch device, such as cpu or cuda")

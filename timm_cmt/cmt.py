@@ -32,6 +32,7 @@ from timm.layers import (
     get_act_layer,
     get_norm_layer,
     register_notrace_function,
+    register_notrace_module,
     to_2tuple,
     trunc_normal_,
     use_fused_attn,
@@ -64,6 +65,8 @@ from .weights import RELEASE_URL, ensure_whole
 __all__ = ["CMT"]
 
 _logger = logging.getLogger(__name__)
+
+register_notrace_module(RelPosBias)  # whether it resizes depends on the input's size, which FX cannot follow
 
 MIN_SIZE = 32  # pixels: below it the last stage has no token
 

@@ -51,7 +51,7 @@ def write_digits(folder: Path) -> None:
 def run_demo(
     output: Path,
     model_name: str = "cmt_ti",
-    epochs: int = 15,
+    epochs: int = 12,
     img_size: int = 64,
     device: str = "cpu",
     pretrained: bool = False,
@@ -146,22 +146,24 @@ def predict(model: nn.Module, loader: Any) -> tuple[Tensor, Tensor]:
 def draw_predictions(
     dataset: Any, logits: Tensor, labels: Tensor, path: Path, rows: int = 6, columns: int = 10
 ) -> None:
-    """Draw validation images with predicted and true labels: all that are wrong first, then every n-th."""
+    """Draw validation images with predicted and true labels: what is wrong first, then some of what is right."""
     from matplotlib.figure import Figure
     from PIL import Image
 
     probability, predicted = logits.softmax(dim=-1).max(dim=-1)
-    wrong = (predicted != labels).nonzero().flatten().tolist()
-    chosen = (wrong + list(range(0, len(labels), max(1, len(labels) // (rows * columns)))))[: rows * columns]
+    is_right = predicted == labels
+    wrong, right = ((is_right == value).nonzero().flatten() for value in (False, True))
+    wrong = wrong[: rows * columns]
+    evenly = torch.linspace(0, len(right) - 1, rows * columns - len(wrong)).long() if len(right) else right
+    chosen = [*wrong.tolist(), *right[evenly].tolist()]
     figure = Figure(figsize=(columns * 1.1, rows * 1.35), layout="constrained")
-    figure.suptitle(f"{len(labels) - len(wrong)} of {len(labels)} right; wrong ones first, in red")
+    figure.suptitle(f"{is_right.sum()} of {len(labels)} right; wrong ones first, in red")
     for axes, index in zip(figure.subplots(rows, columns, squeeze=False).flat, chosen):
         axes.imshow(Image.open(dataset.filename(index, absolute=True)))
-        right = predicted[index] == labels[index]
         axes.set_title(
             f"{predicted[index]} ({probability[index]:.0%})\ntrue {labels[index]}",
             fontsize=7,
-            color="black" if right else "tab:red",
+            color="black" if is_right[index] else "tab:red",
         )
         axes.axis("off")
     part = path.with_suffix(".part.png")

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 __all__ = ["RelPosBias", "resize_rel_pos_bias"]
@@ -64,7 +63,6 @@ def resize_rel_pos_bias(
     return out.to(bias.dtype)
 
 
-@register_notrace_module
 class RelPosBias(nn.Module):
     """The bias B of eq. 3, one parameter shared by the blocks of a stage, at any size of the stage's feature map.
 

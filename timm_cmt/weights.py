@@ -3,11 +3,14 @@
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 import safetensors
 import torch
-from timm.models import PretrainedCfg
+
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
 
 __all__ = ["RELEASE_URL", "ensure_whole"]
 
@@ -16,7 +19,7 @@ RELEASE_URL = "https://github.com/ggjy/CMT.pytorch/releases/download/release-v1"
 _logger = logging.getLogger(__name__)
 
 
-def ensure_whole(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> None:
+def ensure_whole(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> None:
     """Check the weights that `cfg` leads timm to, downloading them first where it names a URL.
 
     timm would download too, but without a progress bar, and torch.hub keeps a download that was cut short as if it were
