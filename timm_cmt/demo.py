@@ -180,6 +180,7 @@ def train_command(
         model=model_name,
         pretrained=pretrained,
         img_size=img_size,
+        model_kwargs=f"img_size={img_size}",  # not every version of the scripts builds the model at --img-size
         num_classes=NUM_CLASSES,
         epochs=epochs,
         batch_size=BATCH_SIZE,
@@ -206,6 +207,7 @@ def validate_command(data: Path, model_name: str, img_size: int, device: str, ch
         data_dir=data,
         model=model_name,
         img_size=img_size,
+        model_kwargs=f"img_size={img_size}",
         num_classes=NUM_CLASSES,
         crop_pct=1.0,
         use_ema=True,

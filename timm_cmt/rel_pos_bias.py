@@ -127,7 +127,10 @@ class RelPosBias(nn.Module):
     @torch.jit.unused
     def _remembered(self, weight: Tensor, height: int, width: int) -> Tensor:
         """`_resize`, computed once per size for as long as the weight stays what it was."""
-        if weight.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing() or not _is_plain(weight):
+        if torch.jit.is_tracing() and not self.training:
+            # A trace is of one size. What has been resized before enters it as a constant, with no interpolation.
+            weight, height, width = weight.detach(), int(height), int(width)
+        if weight.requires_grad or torch.compiler.is_compiling() or not _is_plain(weight):
             return self._resize(weight, height, width)
         size, held = (height, width), self._resized
         with torch.inference_mode(False), torch.no_grad():  # training may use what is kept, so no inference tensors

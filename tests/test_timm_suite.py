@@ -1,0 +1,86 @@
+"""timm's own model tests, from its source distribution, on the five models: timm's yardstick for a timm model."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import MODELS, RELEASE_FILES, authors_weights
+
+# Only timm's limits on the size of what it runs may skip a test.
+SIZE_LIMIT = "Fixed input size model > limit."
+
+
+@pytest.fixture(scope="module")
+def timm_tests(request, tmp_path_factory) -> Path:
+    """A folder with timm's test_models.py of the installed version, downloaded once and kept in pytest's cache."""
+    cache = request.config.cache.mkdir(f"timm-{timm.__version__}")
+    archive = cache / f"timm-{timm.__version__}.tar.gz"
+    if not archive.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        folder = tmp_path_factory.mktemp("download")
+        done = subprocess.run(
+            [*command, "--dest", str(folder), f"timm=={timm.__version__}"], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(
+                f"NOT TESTED: timm's own test-suite. Its source distribution could not be downloaded "
+                f"({done.stderr.strip().splitlines()[-1:]}); run pytest again where the package index can be reached."
+            )
+        next(folder.iterdir()).replace(archive)
+    folder = tmp_path_factory.mktemp("timm")
+    with tarfile.open(archive) as tar:
+        for name in ("conftest.py", "test_models.py"):
+            try:
+                member = tar.getmember(f"timm-{timm.__version__}/tests/{name}")
+            except KeyError:  # older versions have no conftest.py
+                continue
+            (folder / name).write_bytes(tar.extractfile(member).read())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    """A TORCH_HOME with files under the release's names, as if the release had been downloaded."""
+    folder = tmp_path_factory.mktemp("torch_home") / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name, file in RELEASE_FILES.items():
+        torch.save(dict(model=authors_weights(name)), folder / file)
+    return folder.parent.parent
+
+
+def run_suite(file: Path, keyword: str, torch_home: Path) -> dict[str, int]:
+    """Run timm's tests on the cmt models in a process of their own; returns how many of each outcome."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "2", "-k", keyword, "-p", "no:cacheprovider", file.name],
+        cwd=file.parent,
+        env={**os.environ, "TORCH_HOME": str(torch_home), "OMP_NUM_THREADS": "1", "TIMEOUT": "600"},
+        capture_output=True,
+        text=True,
+    )
+    skips = re.findall(r"^SKIPPED \[\d+\] .*?: (.*)$", done.stdout, re.M)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert set(skips) <= {SIZE_LIMIT}, skips
+    return {outcome: int(count) for count, outcome in re.findall(r"(\d+) (passed|skipped|failed)", done.stdout)}
+
+
+def test_timm_s_model_tests_pass_unmodified(timm_tests, release):
+    outcomes = run_suite(timm_tests / "test_models.py", "cmt", release)
+    # The forward, backward, config, torchscript, features and three FX tests of each model; two of loading for four.
+    assert outcomes["passed"] + outcomes["skipped"] >= 8 * len(MODELS) + 2 * len(RELEASE_FILES)
+    assert outcomes["skipped"] <= 4
+
+
+def test_timm_s_tests_of_intermediates_pass_with_cmt_added_to_their_modules(timm_tests, release):
+    source = (timm_tests / "test_models.py").read_text()
+    edited, count = re.subn(r"(FEAT_INTER_FILTERS = \[)", r"\1'cmt', ", source, count=1)
+    assert count == 1
+    path = timm_tests / "test_models_intermediates.py"
+    path.write_text(edited)
+    outcomes = run_suite(path, "cmt and (intermediates or prune)", release)
+    assert outcomes["passed"] >= 8 and outcomes.get("skipped", 0) <= 3
