@@ -68,9 +68,9 @@ def trained(data, tmp_path_factory):
         if model not in done:
             cwd = tmp_path_factory.mktemp(model)
             run(
-                f"train.py --data-dir {data} --model {model} --img-size 64 "
-                "--model-kwargs img_size=64 --num-classes 10 --epochs 1 --batch-size 16 --opt adamw --lr 1e-3 --warmup-epochs 0 --model-ema --drop 0.1 --drop-path 0.1 --layer-decay 0.8 "
-                "--workers 1 --device cpu --output out --experiment test",
+                f"train.py --data-dir {data} --model {model} --img-size 64 --model-kwargs img_size=64 --num-classes 10 "
+                "--epochs 1 --batch-size 16 --opt adamw --lr 1e-3 --warmup-epochs 0 --model-ema --drop 0.1 "
+                "--drop-path 0.1 --layer-decay 0.8 --workers 1 --device cpu --output out --experiment test",
                 cwd,
             )
             done[model] = cwd, cwd / "out" / "test" / "last.pth.tar"
@@ -105,7 +105,8 @@ def test_resume_and_initial_checkpoint_at_another_size(model, trained, data, tmp
 def test_train_from_the_release_at_a_size_that_is_no_square(model, data, torch_home, tmp_path):
     options = (
         f"--data-dir {data} --model {model} --pretrained --input-size 3 96 160 --model-kwargs img_size=(96,160) "
-        "--num-classes 10 --epochs 1 --batch-size 16 --warmup-epochs 0 --workers 1 --device cpu --output out --experiment"
+        "--num-classes 10 --epochs 1 --batch-size 16 --warmup-epochs 0 --workers 1 --device cpu --output out "
+        "--experiment"
     )
     run(f"train.py {options} cache", tmp_path, TORCH_HOME=str(torch_home.parent.parent))
     run(f"train.py {options} path --pretrained-path {torch_home / RELEASE_FILES[model]}", tmp_path)
