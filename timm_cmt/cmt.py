@@ -209,7 +209,8 @@ class LightweightAttention(nn.Module):
         bias = bias.to(q.dtype)
         if self.fused_attn:
             dropout_p = self.attn_drop.p if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
+            # The CPU's fused kernel takes masks of four dimensions; with three it falls back to a slower one, silently.
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=dropout_p)
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1) + bias  # [B, heads, N, M]
             x = self.attn_drop(attn.softmax(dim=-1)) @ v

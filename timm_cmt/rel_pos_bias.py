@@ -75,6 +75,8 @@ class RelPosBias(nn.Module):
         sr_ratio: Reduction k of the key grid, on each side.
     """
 
+    __jit_ignored_attributes__ = ["_resized"]  # TorchScript resizes in every call
+
     def __init__(self, num_heads: int, query_size: tuple[int, int], sr_ratio: int = 1, device=None, dtype=None):
         super().__init__()
         self.sr_ratio = sr_ratio

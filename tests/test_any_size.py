@@ -1,0 +1,495 @@
+"""One model at any image size: run time agrees with a model built at the size, and what is kept is never stale."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from timm_cmt import rel_pos_bias, resize_rel_pos_bias
+
+ODD_SIZES = [(32, 32), (47, 61), (117, 192), (160, 96), (33, 250)]
+BUILT = 64
+
+
+def make(img_size=BUILT, seed: int = 0, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model("cmt_ti", img_size=img_size, num_classes=10, **kwargs).eval()
+
+
+def images(size: tuple[int, int], batch: int = 2, channels: int = 3) -> Tensor:
+    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def built_at(size, model: nn.Module) -> nn.Module:
+    """A fresh model built at `size`, with the weights of `model`: what `model` has to agree with there."""
+    other = timm.create_model("cmt_ti", img_size=size, num_classes=10)
+    other.load_state_dict(model.state_dict())
+    return other.to(model.head.weight.dtype).train(model.training)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return make()
+
+
+@pytest.fixture
+def resizings(monkeypatch) -> list:
+    """Grows by one with every bias that is interpolated."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args[3])
+        return resize_rel_pos_bias(*args)
+
+    monkeypatch.setattr(rel_pos_bias, "resize_rel_pos_bias", counted)
+    return calls
+
+
+# ---- run time
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_evaluation_is_that_of_a_model_built_at_the_size(model, size):
+    with torch.no_grad():
+        torch.testing.assert_close(model(images(size)), built_at(size, model)(images(size)))
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_is_that_of_a_model_built_at_the_size(size, checkpointing):
+    model = make().double().train()
+    other = built_at(size, model)
+    model.set_grad_checkpointing(checkpointing)
+    x = images(size).double()
+    grids = [stage.rel_pos_bias.query_size for stage in other.stages]
+    losses = []
+    for m in (model, other):
+        losses.append(m(x).square().sum())
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(model.stem.conv1.weight.grad, other.stem.conv1.weight.grad)
+    for stage, built, grid in zip(model.stages, other.stages, grids):
+        # The gradient of B is that of the resized B, taken back through the interpolation.
+        weight = stage.rel_pos_bias.weight.detach().requires_grad_()
+        old, key = stage.rel_pos_bias.query_size, stage.rel_pos_bias.key_size
+        resized = resize_rel_pos_bias(weight, old, key(old), grid, key(grid))
+        resized.backward(built.rel_pos_bias.weight.grad)
+        torch.testing.assert_close(stage.rel_pos_bias.weight.grad, weight.grad)
+
+
+def test_channels_last_and_autocast(model):
+    size = (117, 192)
+    with torch.no_grad():
+        expected = model(images(size))
+        other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        x = images(size).to(memory_format=torch.channels_last)
+        torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = model(images(size))
+            built = built_at(size, model)(images(size))
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low, built, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_with_no_graph_break(model, training):
+    model = copy.deepcopy(model).train(training)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    for size in [(BUILT, BUILT), (96, 64)]:
+        x = images(size)
+        expected = copy.deepcopy(model)(x)
+        actual = compiled(x)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        if training:
+            actual.sum().backward()
+            assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "hook", "fx", "getter"])
+def test_feature_extractors(model, feature_cls):
+    features = timm.create_model("cmt_ti", features_only=True, feature_cls=feature_cls, img_size=BUILT).eval()
+    inner = getattr(features, "model", None)
+    if feature_cls == "getter":
+        inner.load_state_dict(model.state_dict(), strict=False)
+    elif feature_cls == "list":
+        state = {key.replace("stages.", "stages_"): value for key, value in model.state_dict().items()}
+        features.load_state_dict(state, strict=False)
+    x = images((117, 192))
+    with torch.no_grad():
+        outputs = features(x)
+        if feature_cls in ("list", "getter"):
+            for actual, expected in zip(outputs, model.forward_intermediates(x, intermediates_only=True)):
+                torch.testing.assert_close(actual, expected)
+    shapes = [tuple(output.shape[2:]) for output in outputs]
+    assert shapes == [(59, 96), (29, 48), (14, 24), (7, 12), (3, 6)]
+
+
+def test_an_image_under_32_pixels_is_named(model):
+    features = timm.create_model("cmt_ti", features_only=True)
+    for run in (model, model.forward_features, model.forward_intermediates, features):
+        for size in [(31, 64), (64, 8)]:
+            with pytest.raises(
+                ValueError, match=f"{size[0]} x {size[1]} pixels is too small for CMT; it takes 32 x 32"
+            ):
+                run(images(size))
+
+
+# ---- what is kept between calls
+
+
+def test_a_size_is_resized_once(resizings):
+    model = make()
+    with torch.no_grad():
+        for _ in range(3):
+            model(images((96, 64)))
+            model(images((64, 96)))
+            model(images((BUILT, BUILT)))
+    assert len(resizings) == 8
+
+
+def double_by_optimizer(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD([stage.rel_pos_bias.weight for stage in model.stages], lr=1.0)
+    for stage in model.stages:
+        stage.rel_pos_bias.weight.grad = -stage.rel_pos_bias.weight.detach()
+    optimizer.step()
+
+
+def double_in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        for stage in model.stages:
+            stage.rel_pos_bias.weight.mul_(2)
+
+
+def double_in_place_in_inference_mode(model: nn.Module) -> None:
+    with torch.inference_mode():
+        for stage in model.stages:
+            stage.rel_pos_bias.weight.mul_(2)
+
+
+def double_through_data(model: nn.Module) -> None:
+    for stage in model.stages:
+        stage.rel_pos_bias.weight.data.mul_(2)
+
+
+def double_by_data(model: nn.Module) -> None:
+    for stage in model.stages:
+        stage.rel_pos_bias.weight.data = stage.rel_pos_bias.weight.data * 2
+
+
+def double_by_new_parameter(model: nn.Module) -> None:
+    for stage in model.stages:
+        stage.rel_pos_bias.weight = nn.Parameter(stage.rel_pos_bias.weight.detach() * 2)
+
+
+def double_by_load_state_dict(model: nn.Module, assign: bool = False) -> None:
+    state = {k: v * 2 if k.endswith("rel_pos_bias.weight") else v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=assign)
+
+
+def double_by_assign(model: nn.Module) -> None:
+    double_by_load_state_dict(model, assign=True)
+
+
+def double_one_number(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.stages[2].rel_pos_bias.weight[1, 3, 2] *= 2
+
+
+CHANGES = [
+    double_by_optimizer,
+    double_in_place,
+    double_in_place_in_inference_mode,
+    double_through_data,
+    double_by_data,
+    double_by_new_parameter,
+    double_by_load_state_dict,
+    double_by_assign,
+    double_one_number,
+    nn.Module.double,
+    lambda model: model.half().float(),
+    lambda model: model.set_input_size((128, 64)),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: getattr(change, "__name__", "lambda"))
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_kept_is_never_stale(change, mode):
+    model, size = make(), (117, 192)
+    with mode():
+        before = model(images(size))
+    change(model)
+    dtype = model.head.weight.dtype
+    with mode():
+        after = model(images(size).to(dtype))
+        torch.testing.assert_close(after, built_at(size, model).to(dtype)(images(size).to(dtype)))
+    assert not torch.equal(after.float(), before.float())
+
+
+def test_an_averaged_copy_follows_its_weights():
+    from timm.utils import ModelEmaV3
+
+    model, size = make(), (96, 64)
+    ema = ModelEmaV3(model, decay=0.5)
+    with torch.no_grad():
+        ema.module(images(size))
+        double_in_place(model)
+        ema.update(model)
+        torch.testing.assert_close(ema.module(images(size)), built_at(size, ema.module)(images(size)))
+
+
+def test_copies_and_pickles_have_their_own():
+    model, size = make(), (96, 64)
+    with torch.no_grad():
+        expected = model(images(size))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(stage.rel_pos_bias._resized is None for stage in other.stages)
+        with torch.no_grad():
+            torch.testing.assert_close(other(images(size)), expected)
+            double_in_place(other)
+            torch.testing.assert_close(other(images(size)), built_at(size, other)(images(size)))
+            torch.testing.assert_close(model(images(size)), expected)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    empty = io.BytesIO()
+    torch.save(make(), empty)
+    assert buffer.tell() < 1.01 * empty.tell()
+
+
+def test_inference_mode_does_not_spoil_training():
+    model, size = make(), (96, 64)
+    with torch.inference_mode():
+        model(images(size))
+    for stage in model.stages:
+        stage.rel_pos_bias.weight.requires_grad_(False)  # so that training may use what inference has kept
+    model.train()(images(size)).sum().backward()
+    assert model.stem.conv1.weight.grad is not None
+
+
+def test_it_is_no_part_of_the_state_dict(model):
+    with torch.no_grad():
+        model(images((96, 64)))
+    keys = [key for key in model.state_dict() if "rel_pos_bias" in key]
+    assert keys == [f"stages.{i}.rel_pos_bias.{name}" for i in range(4) for name in ("weight", "query_grid")]
+
+
+def test_threads_at_different_sizes():
+    model = make()
+    sizes = [(64 + 16 * i, 96) for i in range(4)]
+    with torch.no_grad():
+        expected = [built_at(size, model)(images(size)) for size in sizes]
+    failures = []
+
+    def evaluate(index: int) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(5):
+                    torch.testing.assert_close(model(images(sizes[index])), expected[index])
+        except Exception as err:
+            failures.append(err)
+
+    threads = [threading.Thread(target=evaluate, args=(i % 4,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_stream_of_sizes_is_bounded_in_bytes():
+    bias = make().stages[0].rel_pos_bias
+    bound = rel_pos_bias._MAX_RESIZED_BYTES
+    with torch.no_grad():
+        for i in range(1000):
+            bias(20 + i % 40, 20 + i // 40)
+        kept = bias._resized[2]
+        assert sum(resized.nbytes for resized in kept.values()) <= bound
+        newest = bias(400, 240)  # more than the bound by itself
+        assert newest.nbytes > bound and list(bias._resized[2]) == [(400, 240)]
+        assert bias(400, 240) is newest
+
+
+def test_feature_maps_of_a_detector_s_image_take_under_2_gb():
+    code = """
+    import resource, timm, torch
+    model = timm.create_model("cmt_s", features_only=True).eval()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.inference_mode():
+        for _ in range(2):
+            shapes = [tuple(x.shape) for x in model(torch.zeros(1, 3, 800, 1344))]
+    print(shapes[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(line[4:] for line in code.splitlines())], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("(1, 512, 25, 42)"), done.stderr
+    assert float(done.stdout.split(")")[1]) < 2
+
+
+# ---- set_input_size
+
+
+@pytest.mark.parametrize("size", [(96, 160), 128, (33, 47)])
+def test_set_input_size_is_what_loading_at_the_size_gives(size):
+    model = make()
+    expected = built_at(size, model).state_dict()
+    model.set_input_size(size)
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+def test_set_input_size_updates_timm_s_record():
+    model = make()
+    model.set_input_size((96, 160))
+    assert model.pretrained_cfg["input_size"] == (3, 96, 160) and model.pretrained_cfg["pool_size"] == (3, 5)
+    assert model.default_cfg is model.pretrained_cfg
+    assert timm.data.resolve_data_config(model=model)["input_size"] == (3, 96, 160)
+    assert timm.get_pretrained_cfg("cmt_ti").input_size == (3, 160, 160)
+    if hasattr(timm.models, "get_model_input_config"):
+        config = timm.models.get_model_input_config(model)
+        assert config["input_size"] == (3, 96, 160) and not config["fixed_input_size"]
+        assert timm.models.get_model_args(model)["img_size"] == (96, 160)
+
+
+def test_set_input_size_keeps_what_is_frozen_and_the_dtype():
+    model = make().bfloat16()
+    model.stages[1].rel_pos_bias.weight.requires_grad_(False)
+    model.set_input_size((96, 160))
+    assert [stage.rel_pos_bias.weight.requires_grad for stage in model.stages] == [True, False, True, True]
+    assert all(stage.rel_pos_bias.weight.dtype == torch.bfloat16 for stage in model.stages)
+
+
+def test_set_input_size_of_its_own_size_replaces_nothing():
+    model = make()
+    before = list(model.parameters())
+    model.set_input_size(BUILT)
+    assert all(a is b for a, b in zip(before, model.parameters()))
+
+
+def test_set_input_size_refuses_what_is_too_small():
+    with pytest.raises(ValueError, match="at least 32 pixels"):
+        make().set_input_size((96, 31))
+
+
+# ---- round trips
+
+
+def assert_same_tensors(a: nn.Module, b: nn.Module) -> None:
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
+
+
+def built(size):
+    return make(size)
+
+
+def resized(size):
+    model = make()
+    model.set_input_size(size)
+    return model
+
+
+def fine_tuned(size):
+    model = timm.create_model(
+        "cmt_ti",
+        pretrained=True,
+        pretrained_cfg_overlay=dict(state_dict=timm.create_model("cmt_ti").state_dict()),
+        img_size=size,
+        num_classes=10,
+        in_chans=1,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(images(size, channels=1)).sum().backward()
+    optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (160, 96), (117, 70)])
+@pytest.mark.parametrize("how", [built, resized, fine_tuned])
+def test_what_timm_saves_for_the_hub_comes_back_bit_for_bit(how, size, safe, tmp_path):
+    model = how(size)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=safe)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert_same_tensors(loaded, model)
+    assert timm.data.resolve_data_config(model=loaded)["input_size"][1:] == size
+    x = images(size, channels=model.in_chans)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
+def test_a_training_checkpoint_comes_back_bit_for_bit(size, tmp_path):
+    from timm.utils import CheckpointSaver
+
+    model = make(size)
+    saver = CheckpointSaver(
+        model, torch.optim.SGD(model.parameters()), checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path)
+    )
+    saver.save_checkpoint(0, metric=1.0)
+    path = str(tmp_path / "last.pth.tar")
+    assert_same_tensors(timm.create_model("cmt_ti", img_size=size, num_classes=10, checkpoint_path=path), model)
+
+
+# ---- export
+
+
+def onnx_operators(path) -> set[str]:
+    import onnx
+
+    return {node.op_type for node in onnx.load(path).graph.node}
+
+
+@pytest.mark.parametrize("size", [(BUILT, BUILT), (96, 160)])
+def test_onnx_with_a_dynamic_batch_has_no_interpolation_and_agrees(size, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="NOT TESTED: ONNX; pip install onnx onnxruntime onnxscript")
+    model = make()
+    model.set_input_size(size)
+    path = tmp_path / "model.onnx"
+    batch = torch.export.Dim("batch", min=1, max=64)
+    torch.onnx.export(
+        model, (images(size),), path, dynamo=True, dynamic_shapes=({0: batch},), input_names=["x"], verbose=False
+    )
+    assert not onnx_operators(path) & {"Resize", "Upsample"}
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for n in (1, 3):
+        x = images(size, batch=n)
+        (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            expected = model(x)
+        assert (torch.from_numpy(actual) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_torch_export_with_a_dynamic_batch_has_no_interpolation_and_agrees(model):
+    program = torch.export.export(
+        model, (images((BUILT, BUILT)),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
+    )
+    assert "upsample" not in str(program.graph)
+    for n in (1, 5):
+        x = images((BUILT, BUILT), batch=n)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_torchscript_has_no_interpolation_at_its_own_size_and_resizes_at_others(model):
+    scripted = torch.jit.script(model)
+    traced = torch.jit.trace(model, images((BUILT, BUILT)))
+    assert "upsample" not in str(traced.inlined_graph)
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    reloaded = torch.jit.load(buffer)
+    with torch.no_grad():
+        for size in [(BUILT, BUILT), (96, 160)]:
+            torch.testing.assert_close(reloaded(images(size)), model(images(size)))
+        torch.testing.assert_close(traced(images((BUILT, BUILT), batch=3)), model(images((BUILT, BUILT), batch=3)))
