@@ -147,6 +147,17 @@ class LocalPerceptionUnit(nn.Module):
         return self.conv(x) + x
 
 
+@register_notrace_function
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_p: float, fused: bool) -> Tensor:
+    """softmax(q k^T * scale + bias) v: [B, heads, N, d], [B, heads, M, d] twice, [heads, N, M] -> [B, heads, N, d]."""
+    # On the CPU no fused kernel gives the bias a gradient, and what SDPA falls back to is slower than the formula.
+    if fused and not (bias.requires_grad and bias.device.type == "cpu"):
+        # Four dimensions: with a mask of three the CPU's fused kernel is left out too.
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=dropout_p, scale=scale)
+    attn = (q * scale) @ k.transpose(-2, -1) + bias
+    return F.dropout(attn.softmax(dim=-1), dropout_p) @ v
+
+
 class LightweightAttention(nn.Module):
     """LMHSA: softmax(Q K'^T / sqrt(d) + B) V', K' and V' from a map reduced k-fold on each side (eqs. 2-3).
 
@@ -206,15 +217,8 @@ class LightweightAttention(nn.Module):
         kv = self.kv(x.flatten(2).transpose(1, 2))  # [B, M, 2 * C]
         k, v = kv.reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, M, d]
 
-        bias = bias.to(q.dtype)
-        if self.fused_attn:
-            dropout_p = self.attn_drop.p if self.training else 0.0
-            # The CPU's fused kernel takes masks of four dimensions; with three it falls back to a slower one, silently.
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=dropout_p)
-        else:
-            attn = (q * self.scale) @ k.transpose(-2, -1) + bias  # [B, heads, N, M]
-            x = self.attn_drop(attn.softmax(dim=-1)) @ v
-
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        x = attend(q, k, v, bias.to(q.dtype), self.scale, dropout_p, self.fused_attn)  # [B, heads, N, d]
         x = x.transpose(1, 2).reshape(B, H * W, C)
         x = self.proj_drop(self.proj(x))
         return x.transpose(1, 2).reshape(B, C, H, W)

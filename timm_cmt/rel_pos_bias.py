@@ -113,8 +113,9 @@ class RelPosBias(nn.Module):
 
     def forward(self, height: int, width: int) -> Tensor:
         """-> [heads, height * width, keys], for a feature map of `height` x `width` tokens."""
-        # Without the detach a module returns its own parameter, which torch's FLOP counter cannot follow without grad.
-        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
+        weight = self.weight
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.is_grad_enabled():
+            weight = weight.detach()  # torch's FLOP counter cannot follow, without grad, a module's own parameter
         if height == self.query_size[0] and width == self.query_size[1]:
             return weight
         if torch.jit.is_scripting():
