@@ -67,6 +67,10 @@ def test_a_third_of_every_digit_is_held_out(tmp_path):
         (["demo", "--device", "cuda:77"], "cuda:77 is no device here"),
         (["demo", "--output", "/dev/null/x"], "/dev/null"),
         (["demo", "--model", "cmt_l", "--pretrained"], "No pretrained weights exist for cmt_l"),
+        (["plot-bias", "--size", "16"], "16 is no image size"),
+        (["plot-bias", "--size", "64", "64", "64"], "has 3 numbers; give one or two"),
+        (["plot-bias", "--checkpoint", "none.pth"], "there is no checkpoint at none.pth"),
+        (["plot-bias", "--out", "bias.docx"], "docx"),
         (["demos"], "invalid choice: 'demos'"),
         ([], "required: COMMAND"),
     ],
@@ -75,6 +79,17 @@ def test_a_bad_value_is_one_line_and_a_non_zero_exit(arguments, message, tmp_pat
     done = timm_cmt(*arguments, cwd=tmp_path)
     assert done.returncode != 0
     assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_plot_bias_draws_every_stage_and_head(tmp_path):
+    path = tmp_path / "tiny.pth"
+    torch.save(timm.create_model("cmt_ti", num_classes=3).state_dict(), path)
+    done = timm_cmt("plot-bias", "--model", "cmt_ti", "--size", "96", "224", "--checkpoint", str(path), cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.strip() == "bias.png", done.stderr
+    picture = Image.open(tmp_path / "bias.png")
+    assert picture.width > 900 and picture.height > 900
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bias.png", "tiny.pth"]
+    assert "--pretrained draws learnt ones" in timm_cmt("plot-bias", "--model", "cmt_ti", cwd=tmp_path).stdout
 
 
 def test_version_names_what_matters():

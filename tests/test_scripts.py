@@ -149,6 +149,32 @@ def test_benchmark(model, tmp_path):
     assert '"infer_img_size": 64' in log and '"train_samples_per_sec"' in log
 
 
+@pytest.mark.parametrize("schedule", ["constant", "progressive"])
+def test_training_at_several_sizes(schedule, data, tmp_path):
+    if "--train-img-sizes" not in (Path(TIMM_SRC) / "train.py").read_text():
+        pytest.skip("NOT TESTED: --train-img-sizes, which this clone's train.py has not; use a newer clone")
+    run(
+        f"train.py --data-dir {data} --model cmt_ti --num-classes 10 --epochs 2 --batch-size 16 --warmup-epochs 0 "
+        f"--workers 1 --device cpu --output out --experiment test --train-img-sizes 64 96 128 "
+        f"--train-size-schedule {schedule}",
+        tmp_path,
+    )
+    assert (tmp_path / "out" / "test" / "last.pth.tar").exists()
+
+
+@pytest.mark.parametrize("script", ["validate", "inference", "benchmark"])
+def test_sizes_that_are_no_squares(script, trained, data, tmp_path):
+    _, path = trained("cmt_ti")
+    options = "--model cmt_ti --input-size 3 96 160 --device cpu -b 8"
+    data_options = f"--data-dir {data} --num-classes 10 --checkpoint {path} --workers 1"
+    if script == "benchmark":
+        log = run(f"benchmark.py {options} --bench inference --num-warm-iter 1 --num-bench-iter 5", tmp_path)
+        assert '"infer_samples_per_sec"' in log
+    else:
+        log = run(f"{script}.py {options} {data_options} --results-file results.json", tmp_path)
+        assert '"top1"' in log or '"prob"' in log
+
+
 @BOTH
 @pytest.mark.parametrize("size", ["", "--img-size 96"])
 def test_onnx_export_has_no_interpolation(model, size, torch_home, tmp_path):

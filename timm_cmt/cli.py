@@ -1,4 +1,4 @@
-"""The command line: ``timm-cmt demo``."""
+"""The command line: ``timm-cmt demo`` and ``timm-cmt plot-bias``."""
 
 import argparse
 import sys
@@ -62,7 +62,39 @@ def _build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("timm-cmt-demo"), help="folder to write into")
     demo.add_argument("--device", type=_device, default="cpu", help="torch device, such as cpu or cuda")
     demo.set_defaults(run=_run_demo)
+
+    plot = commands.add_parser(
+        "plot-bias",
+        help="draw the relative position bias before and after resizing",
+        description="Draw, for each stage and head, what one query position adds to every key: as the model holds it, "
+        "and resized to another image size.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    plot.add_argument("--model", default="cmt_s", choices=list(VARIANTS), help="the model")
+    weights = plot.add_mutually_exclusive_group()
+    weights.add_argument("--pretrained", action="store_true", help="draw the ImageNet weights, not random ones")
+    weights.add_argument("--checkpoint", type=Path, help="draw the weights in this file")
+    plot.add_argument("--size", type=_image_size, nargs="+", default=[320], help="height and width in pixels, or one")
+    plot.add_argument("--out", type=Path, default=Path("bias.png"), help="picture to write")
+    plot.set_defaults(run=_run_plot_bias)
     return parser
+
+
+def _run_plot_bias(args: argparse.Namespace) -> None:
+    from .plot_bias import plot_bias  # matplotlib is an extra
+
+    if len(args.size) > 2:
+        raise ValueError(f"--size {' '.join(map(str, args.size))} has {len(args.size)} numbers; give one or two")
+    overlay = dict(file=str(args.checkpoint)) if args.checkpoint else None
+    model = timm.create_model(
+        args.model, pretrained=bool(args.pretrained or args.checkpoint), num_classes=0, pretrained_cfg_overlay=overlay
+    )
+    plot_bias(model, (args.size[0], args.size[-1]), args.out)
+    print(
+        args.out
+        if args.pretrained or args.checkpoint
+        else f"{args.out} (random weights; --pretrained draws learnt ones)"
+    )
 
 
 def _run_demo(args: argparse.Namespace) -> None:

@@ -1,0 +1,63 @@
+"""What is built installs by itself, and a wheel registers the models as an editable install does."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import timm_cmt
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source")
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    for name in files or [str(path.relative_to(ROOT)) for path in ROOT.glob("*") if path.is_file()]:
+        if (ROOT / name).exists():  # a copy, so that building leaves nothing in the checkout
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "Could not find a version" in done.stderr or "Failed to establish" in done.stderr:
+        pytest.skip("NOT TESTED: the wheel. setuptools could not be downloaded; run where the package index is reached")
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package_and_its_entry_point(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        info = f"timm_cmt-{timm_cmt.__version__}.dist-info"
+        entry_points = file.read(f"{info}/entry_points.txt").decode()
+        metadata = file.read(f"{info}/METADATA").decode()
+    assert {path.name for path in (ROOT / "timm_cmt").glob("*.py")} <= {Path(n).name for n in names}
+    assert "timm_cmt/py.typed" in names and any(n.endswith("/LICENSE") for n in names)
+    assert not any(n.startswith(("tests", "benchmarks")) for n in names)
+    assert "[torch.backends]\ntimm_cmt = timm_cmt:register" in entry_points
+    assert "timm-cmt = timm_cmt.cli:main" in entry_points
+    assert re.search(r"^License-Expression: Apache-2.0$", metadata, re.M)
+    assert "Requires-Dist: torch>=2.6" in metadata and "Requires-Dist: timm>=1.0.26" in metadata
+
+
+def test_the_installed_wheel_registers_the_models(wheel, tmp_path):
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    # Its metadata comes first on the path, so that it is this installation whose entry point torch calls.
+    done = subprocess.run(
+        [sys.executable, "-c", "import timm, timm_cmt; print(timm_cmt.__file__, len(timm.list_models('cmt*')))"],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == [str(site / "timm_cmt" / "__init__.py"), "5"], done.stderr
