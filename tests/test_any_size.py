@@ -389,24 +389,21 @@ def assert_same_tensors(a: nn.Module, b: nn.Module) -> None:
         assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
 
 
-def built(size):
+def built(size, folder):
     return make(size)
 
 
-def resized(size):
+def resized(size, folder):
     model = make()
     model.set_input_size(size)
     return model
 
 
-def fine_tuned(size):
+def fine_tuned(size, folder):
+    torch.save(timm.create_model("cmt_ti").state_dict(), folder / "pretrained.pth")
+    overlay = dict(file=str(folder / "pretrained.pth"))
     model = timm.create_model(
-        "cmt_ti",
-        pretrained=True,
-        pretrained_cfg_overlay=dict(state_dict=timm.create_model("cmt_ti").state_dict()),
-        img_size=size,
-        num_classes=10,
-        in_chans=1,
+        "cmt_ti", pretrained=True, pretrained_cfg_overlay=overlay, img_size=size, num_classes=10, in_chans=1
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(images(size, channels=1)).sum().backward()
@@ -418,9 +415,9 @@ def fine_tuned(size):
 @pytest.mark.parametrize("size", [(64, 64), (96, 160), (160, 96), (117, 70)])
 @pytest.mark.parametrize("how", [built, resized, fine_tuned])
 def test_what_timm_saves_for_the_hub_comes_back_bit_for_bit(how, size, safe, tmp_path):
-    model = how(size)
-    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=safe)
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    model = how(size, tmp_path)
+    timm.models.save_for_hf(model, str(tmp_path / "saved"), safe_serialization=safe)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
     assert_same_tensors(loaded, model)
     assert timm.data.resolve_data_config(model=loaded)["input_size"][1:] == size
     x = images(size, channels=model.in_chans)

@@ -80,7 +80,7 @@ def test_timm_s_tests_of_intermediates_pass_with_cmt_added_to_their_modules(timm
     source = (timm_tests / "test_models.py").read_text()
     edited, count = re.subn(r"(FEAT_INTER_FILTERS = \[)", r"\1'cmt', ", source, count=1)
     assert count == 1
-    path = timm_tests / "test_models_intermediates.py"
+    path = timm_tests / "test_models_edited.py"
     path.write_text(edited)
     outcomes = run_suite(path, "cmt and (intermediates or prune)", release)
     assert outcomes["passed"] >= 8 and outcomes.get("skipped", 0) <= 3

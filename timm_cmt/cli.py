@@ -1,4 +1,4 @@
-"""The command line: ``timm-cmt demo`` and ``timm-cmt plot-bias``."""
+"""The command line, ``timm-cmt``."""
 
 import argparse
 import sys
@@ -13,6 +13,8 @@ from . import __version__
 from .cmt import MIN_SIZE, VARIANTS
 
 __all__ = ["main"]
+
+WITH_WEIGHTS = [name for name in VARIANTS if timm.get_pretrained_cfg(name).has_weights]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +79,61 @@ def _build_parser() -> argparse.ArgumentParser:
     plot.add_argument("--size", type=_image_size, nargs="+", default=[320], help="height and width in pixels, or one")
     plot.add_argument("--out", type=Path, default=Path("bias.png"), help="picture to write")
     plot.set_defaults(run=_run_plot_bias)
+
+    conversion = commands.add_parser(
+        "convert",
+        help="convert a checkpoint to a folder that timm and transformers load",
+        description="Write model.safetensors, config.json and a model card, and check that they load back bit for bit. "
+        "Without a checkpoint the authors' release is downloaded; a download that is interrupted starts again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    conversion.add_argument("checkpoint", type=Path, nargs="?", help="a checkpoint of the authors' or of timm")
+    conversion.add_argument("--model", required=True, choices=list(VARIANTS), help="the model that it is of")
+    conversion.add_argument("--out", type=Path, required=True, help="folder to write")
+    conversion.set_defaults(run=_run_convert)
+
+    publication = commands.add_parser(
+        "publish",
+        help="upload the authors' release to the Hugging Face Hub",
+        description="Convert the authors' release and upload it to ORG/<model>.in1k, one commit a repository, with the "
+        "account that `hf auth login` or HF_TOKEN gives. Re-running uploads what has changed. At the end, ORG and the "
+        "commits are recorded in the package, whose next release then loads from there.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    publication.add_argument("--org", required=True, help="organisation or user on the Hub")
+    publication.add_argument("--models", nargs="+", default=WITH_WEIGHTS, choices=WITH_WEIGHTS, help="the models")
+    publication.add_argument("--private", action="store_true", help="make new repositories private")
+    publication.add_argument("--create-pr", action="store_true", help="open pull requests; nothing is recorded")
+    publication.add_argument("--dry-run", action="store_true", help="convert and say what would be uploaded")
+    publication.set_defaults(run=_run_publish)
+
+    configs = commands.add_parser(
+        "hub-configs",
+        help="write the configurations and model cards of the published models",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    configs.add_argument("--out", type=Path, default=Path("hub_configs"), help="folder to write into")
+    configs.set_defaults(run=_run_hub_configs)
     return parser
+
+
+def _run_convert(args: argparse.Namespace) -> None:
+    from .hub import convert
+
+    convert(args.model, args.out, args.checkpoint)
+    print(args.out)
+
+
+def _run_publish(args: argparse.Namespace) -> None:
+    from .hub import publish
+
+    publish(args.org, args.models, args.private, args.create_pr, args.dry_run)
+
+
+def _run_hub_configs(args: argparse.Namespace) -> None:
+    from .hub import write_hub_configs
+
+    print(*write_hub_configs(args.out), sep="\n")
 
 
 def _run_plot_bias(args: argparse.Namespace) -> None:

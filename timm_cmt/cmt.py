@@ -14,7 +14,9 @@ SPDX-License-Identifier: Apache-2.0
 """
 
 import argparse
+import dataclasses
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
@@ -60,7 +63,7 @@ from .checkpoint import (
     refuse_other_network,
 )
 from .rel_pos_bias import RelPosBias
-from .weights import RELEASE_URL, ensure_whole
+from .weights import RELEASE_URL, ensure_whole, get_hub_id
 
 __all__ = ["CMT"]
 
@@ -721,27 +724,38 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: CMT) -> dict[str,
 def _create_cmt(variant: str, pretrained: bool = False, **kwargs) -> CMT:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3, 4))
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    org = os.environ.get("TIMM_CMT_HUB_ORG")
+    if org and cfg.has_weights and not (cfg.source or cfg.file or cfg.state_dict):
+        hub_id = f"{org}/{cfg.architecture}.{cfg.tag}"
+        kwargs["pretrained_cfg_overlay"] = dict(kwargs.get("pretrained_cfg_overlay") or {}, hf_hub_id=hub_id)
+        cfg = dataclasses.replace(cfg, hf_hub_id=hub_id)
     # timm hands on the config's size only where that says it is fixed; a config saved from an instance does not.
     img_size = kwargs.setdefault("img_size", tuple(cfg.input_size[-2:]))
     # The authors' training checkpoints hold their command line. Where timm loads a URL, it allows no such thing.
     with torch.serialization.safe_globals([argparse.Namespace]):
         if pretrained:
             ensure_whole(cfg, kwargs.get("cache_dir"))
-        model = build_model_with_cfg(
-            CMT,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-            **dict(VARIANTS[variant], **kwargs),
-        )
+        try:
+            model = build_model_with_cfg(
+                CMT,
+                variant,
+                pretrained,
+                pretrained_filter_fn=checkpoint_filter_fn,
+                feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
+                **dict(VARIANTS[variant], **kwargs),
+            )
+        except SafetensorError as err:
+            raise RuntimeError(
+                f"the weights in {cfg.hf_hub_id or cfg.file} are no whole safetensors file ({err}); publish them again"
+            ) from err
     _record_input_size(model, kwargs.get("in_chans", cfg.input_size[0]), _check_img_size(img_size))
     return model
 
 
-def _cfg(size: int, file: str = "", **kwargs) -> dict[str, Any]:
+def _cfg(size: int, file: str = "", name: str = "", **kwargs) -> dict[str, Any]:
     return {
         "url": f"{RELEASE_URL}/{file}" if file else "",
+        "hf_hub_id": get_hub_id(name),
         "num_classes": 1000,
         "input_size": (3, size, size),
         "pool_size": get_grid_sizes((size, size))[-1],
@@ -762,10 +776,10 @@ def _cfg(size: int, file: str = "", **kwargs) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "cmt_ti.in1k": _cfg(160, "cmt_tiny.pth"),
-        "cmt_xs.in1k": _cfg(192, "cmt_xs.pth"),
-        "cmt_s.in1k": _cfg(224, "cmt_small.pth"),
-        "cmt_b.in1k": _cfg(256, "cmt_base.pth"),
+        "cmt_ti.in1k": _cfg(160, "cmt_tiny.pth", "cmt_ti.in1k"),
+        "cmt_xs.in1k": _cfg(192, "cmt_xs.pth", "cmt_xs.in1k"),
+        "cmt_s.in1k": _cfg(224, "cmt_small.pth", "cmt_s.in1k"),
+        "cmt_b.in1k": _cfg(256, "cmt_base.pth", "cmt_b.in1k"),
         "cmt_l.untrained": _cfg(288),
     }
 )

@@ -1,5 +1,6 @@
 """Where pretrained weights come from, and that a file of them is whole before timm loads it."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -12,11 +13,21 @@ import torch
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
-__all__ = ["RELEASE_URL", "ensure_whole"]
+__all__ = ["HUB_FILE", "RELEASE_URL", "check_file", "ensure_whole", "get_hub_id"]
 
 RELEASE_URL = "https://github.com/ggjy/CMT.pytorch/releases/download/release-v1"
 
+# The organisation and the commits that `timm-cmt publish` has recorded; empty as shipped.
+HUB_FILE = Path(__file__).with_name("hub.json")
+
 _logger = logging.getLogger(__name__)
+
+
+def get_hub_id(name: str) -> str | None:
+    """ORG/NAME@COMMIT that the weights `name` (such as cmt_s.in1k) were published as, if they were."""
+    recorded = json.loads(HUB_FILE.read_text(encoding="utf-8"))
+    commit = recorded["commits"].get(name)
+    return f"{recorded['org']}/{name}@{commit}" if commit else None
 
 
 def ensure_whole(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> None:
@@ -33,13 +44,18 @@ def ensure_whole(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> N
     if cfg.source in ("hf-hub", "local-dir") or cfg.state_dict:
         return
     if cfg.file:
-        if not os.path.isfile(cfg.file):
-            raise FileNotFoundError(f"there is no checkpoint at {cfg.file}")
-        problem = _find_problem(cfg.file)
-        if problem:
-            raise RuntimeError(f"{cfg.file} {problem}")
+        check_file(cfg.file)
     elif cfg.url and not cfg.hf_hub_id:
         _download(cfg.url, Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints"))
+
+
+def check_file(path: str | Path) -> None:
+    """Raise if there is no checkpoint at `path` that can be loaded: FileNotFoundError or RuntimeError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    problem = _find_problem(path)
+    if problem:
+        raise RuntimeError(f"{path} {problem}")
 
 
 def _download(url: str, folder: Path) -> None:
