@@ -75,7 +75,7 @@ class Repository:
         return oid, self.commits[oid]
 
     def commit(self, ref: str, parent: str, files: dict[str, File]) -> str:
-        """Make a commit that `ref` then points at; its name is random, as git's by its time is never the same."""
+        """Make a commit that `ref` then points at; equal ones get different names, as in git by their time."""
         oid = secrets.token_hex(20)
         self.commits[oid], self.parents[oid], self.refs[ref] = files, parent, oid
         return oid
