@@ -374,6 +374,14 @@ def test_set_input_size_of_its_own_size_replaces_nothing():
     assert all(a is b for a, b in zip(before, model.parameters()))
 
 
+def test_set_input_size_of_a_model_made_without_timm_s_factory():
+    from timm_cmt import CMT
+
+    model = CMT(img_size=64, embed_dims=(16, 32, 64, 128), depths=(1, 1, 1, 1))
+    model.set_input_size((96, 64))
+    assert model.stages[0].rel_pos_bias.query_size == (24, 16)
+
+
 def test_set_input_size_refuses_what_is_too_small():
     with pytest.raises(ValueError, match="at least 32 pixels"):
         make().set_input_size((96, 31))

@@ -311,6 +311,14 @@ def test_an_organisation_in_the_environment_is_a_mirror(hub, user, converted, ex
     assert torch.equal(load(user, "hf-hub:mirror/cmt_ti.in1k"), expected)
 
 
+def test_a_source_that_is_named_goes_before_the_organisation_in_the_environment(monkeypatch, expected):
+    monkeypatch.setenv("TIMM_CMT_HUB_ORG", "nobody")
+    overlay = dict(state_dict=authors_weights("cmt_ti"))
+    model = timm.create_model("cmt_ti", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    with torch.inference_mode():
+        assert torch.equal(model(parity_input(160)), expected)
+
+
 def test_as_shipped_nothing_is_recorded_and_the_release_is_the_source():
     shipped = subprocess.run(["git", "show", "HEAD:timm_cmt/hub.json"], cwd=ROOT, capture_output=True, text=True).stdout
     shipped = shipped or (ROOT / "timm_cmt" / "hub.json").read_text()

@@ -14,7 +14,6 @@ SPDX-License-Identifier: Apache-2.0
 """
 
 import argparse
-import dataclasses
 import logging
 import os
 import warnings
@@ -45,6 +44,7 @@ from timm.models import (
     checkpoint,
     clean_state_dict,
     generate_default_cfgs,
+    get_arch_pretrained_cfgs,
     is_model,
     model_entrypoint,
     named_apply,
@@ -71,6 +71,7 @@ _logger = logging.getLogger(__name__)
 
 register_notrace_module(RelPosBias)  # whether it resizes depends on the input's size, which FX cannot follow
 
+HEAD_WIDTH = 1280  # channels before the pooling
 MIN_SIZE = 32  # pixels: below it the last stage has no token
 
 
@@ -326,9 +327,8 @@ class Stage(nn.Module):
         depth: Blocks.
         grid_size: (height, width) of the stage's output in tokens, at the size the model is built for.
         drop_path: Drop-path probability of each block.
-        norm_layer: As in `Block`.
         downsample_norm_layer: The normalisation of the patch aggregation.
-        **block_kwargs: The other arguments of `Block` that its blocks have in common.
+        The others: as in `Block`.
     """
 
     def __init__(
@@ -398,7 +398,6 @@ class CMT(nn.Module):
         num_heads: Attention heads of each stage.
         sr_ratios: Reduction k of keys and values in each stage, on each side.
         mlp_ratio: Ratio R of the IRFFN's hidden width to the stage's.
-        head_width: Channels of the 1 x 1 convolution before the pooling; paper: 1280.
         drop_rate: Dropout probability before the classifier.
         proj_drop_rate: Dropout probability in LMHSA's output and the IRFFN.
         attn_drop_rate: Dropout probability of the attention weights.
@@ -423,7 +422,6 @@ class CMT(nn.Module):
         num_heads: tuple[int, ...] = (1, 2, 4, 8),
         sr_ratios: tuple[int, ...] = (8, 4, 2, 1),
         mlp_ratio: float = 4.0,
-        head_width: int = 1280,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -474,11 +472,11 @@ class CMT(nn.Module):
             self.feature_info.append(dict(num_chs=in_dim, reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
 
-        self.num_features = self.head_hidden_size = head_width
-        self.conv_head = nn.Conv2d(in_dim, head_width, 1, **dd)
-        self.norm_head = nn.BatchNorm2d(head_width, **dd)
+        self.num_features = self.head_hidden_size = HEAD_WIDTH
+        self.conv_head = nn.Conv2d(in_dim, HEAD_WIDTH, 1, **dd)
+        self.norm_head = nn.BatchNorm2d(HEAD_WIDTH, **dd)
         self.act_head = nn.SiLU()
-        self.global_pool, self.head = create_classifier(head_width, num_classes, pool_type=global_pool, **dd)
+        self.global_pool, self.head = create_classifier(HEAD_WIDTH, num_classes, pool_type=global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)
 
         self.init_weights()
@@ -674,8 +672,9 @@ def _record_input_size(model: nn.Module, in_chans: int, img_size: tuple[int, int
 
     timm has no public setter for the record of newer versions (`get_model_input_config`), so it is written here.
     """
-    model.pretrained_cfg["input_size"] = (in_chans, *img_size)
-    model.pretrained_cfg["pool_size"] = get_grid_sizes(img_size)[-1]
+    if hasattr(model, "pretrained_cfg"):  # a CMT made without timm's factory has none
+        model.pretrained_cfg["input_size"] = (in_chans, *img_size)
+        model.pretrained_cfg["pool_size"] = get_grid_sizes(img_size)[-1]
     model._traits = dict(getattr(model, "_traits", {}), img_size=img_size)
     if "img_size" in getattr(model, "_model_args", {}):
         model._model_args = dict(model._model_args, img_size=img_size)
@@ -687,12 +686,10 @@ def _adapt_checkpoint(model: CMT, state_dict: dict[str, Any], prefix: str, *_: A
     adapted = from_authors_layout(given)
     refuse_misfit(model, adapted, GEOMETRIES)
     biases = {f"stages.{i}.rel_pos_bias.": stage.rel_pos_bias for i, stage in enumerate(model.stages)}
-    sizes = [(bias.resize_in(adapted, name), bias.query_size) for name, bias in biases.items()]
-    for old, new in sizes[:1]:
-        if old is not None and old != new:
-            _logger.info(
-                "Resized the relative position bias from %d x %d to %d x %d pixels", *(4 * side for side in old + new)
-            )
+    old_grids = [bias.resize_in(adapted, name) for name, bias in biases.items()]
+    if old_grids and old_grids[0] and old_grids[0] != model.stages[0].rel_pos_bias.query_size:
+        sides = [4 * side for side in old_grids[0] + model.stages[0].rel_pos_bias.query_size]  # at stride 4
+        _logger.info("Resized the relative position bias from %d x %d to %d x %d pixels", *sides)
     for key in given:
         del state_dict[prefix + key]
     state_dict.update({prefix + key: value for key, value in adapted.items()})
@@ -725,10 +722,9 @@ def _create_cmt(variant: str, pretrained: bool = False, **kwargs) -> CMT:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3, 4))
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     org = os.environ.get("TIMM_CMT_HUB_ORG")
-    if org and cfg.has_weights and not (cfg.source or cfg.file or cfg.state_dict):
-        hub_id = f"{org}/{cfg.architecture}.{cfg.tag}"
-        kwargs["pretrained_cfg_overlay"] = dict(kwargs.get("pretrained_cfg_overlay") or {}, hf_hub_id=hub_id)
-        cfg = dataclasses.replace(cfg, hf_hub_id=hub_id)
+    if org and cfg in get_arch_pretrained_cfgs(variant).values() and cfg.has_weights:  # nobody named another source
+        kwargs["pretrained_cfg_overlay"] = dict(hf_hub_id=f"{org}/{variant}.{cfg.tag}")
+        cfg = resolve_pretrained_cfg(variant, cfg.tag, kwargs["pretrained_cfg_overlay"])
     # timm hands on the config's size only where that says it is fixed; a config saved from an instance does not.
     img_size = kwargs.setdefault("img_size", tuple(cfg.input_size[-2:]))
     # The authors' training checkpoints hold their command line. Where timm loads a URL, it allows no such thing.
@@ -776,10 +772,10 @@ def _cfg(size: int, file: str = "", name: str = "", **kwargs) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "cmt_ti.in1k": _cfg(160, "cmt_tiny.pth", "cmt_ti.in1k"),
-        "cmt_xs.in1k": _cfg(192, "cmt_xs.pth", "cmt_xs.in1k"),
-        "cmt_s.in1k": _cfg(224, "cmt_small.pth", "cmt_s.in1k"),
-        "cmt_b.in1k": _cfg(256, "cmt_base.pth", "cmt_b.in1k"),
+        "cmt_ti.in1k": _cfg(160, file="cmt_tiny.pth", name="cmt_ti.in1k"),
+        "cmt_xs.in1k": _cfg(192, file="cmt_xs.pth", name="cmt_xs.in1k"),
+        "cmt_s.in1k": _cfg(224, file="cmt_small.pth", name="cmt_s.in1k"),
+        "cmt_b.in1k": _cfg(256, file="cmt_base.pth", name="cmt_b.in1k"),
         "cmt_l.untrained": _cfg(288),
     }
 )
