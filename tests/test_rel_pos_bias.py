@@ -107,6 +107,21 @@ def test_transposed_sizes_come_out_transposed():
     assert resized.shape == bias.shape and error(resized, bias) > 0.5
 
 
+@pytest.mark.parametrize(
+    "sizes", [((64, 32), (160, 32)), ((160, 48), (96, 32)), ((64, 32), (160, 96)), ((32, 32), (96, 64))]
+)
+@pytest.mark.parametrize("stage", range(4))
+def test_grids_of_a_single_column_are_resized_as_single_rows_are(sizes, stage):
+    # torch's antialiased interpolation of a single column is wrong.
+    (old, old_key), (new, new_key) = (grids(*size, stage) for size in sizes)
+    bias = smooth(old, old_key)
+    transposed = bias.view(1, *old, *old_key).permute(0, 2, 1, 4, 3).reshape(bias.shape)
+    resized = resize_rel_pos_bias(bias, old, old_key, new, new_key)
+    expected = resize_rel_pos_bias(transposed, old[::-1], old_key[::-1], new[::-1], new_key[::-1])
+    expected = expected.view(1, *new[::-1], *new_key[::-1]).permute(0, 2, 1, 4, 3).reshape(resized.shape)
+    torch.testing.assert_close(resized, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_is_resized_in_float32(dtype):
     bias = torch.randn(1, 48, 12).to(dtype)

@@ -52,15 +52,20 @@ def resize_rel_pos_bias(
     if query_grid == new_query_grid and key_grid == new_key_grid:
         return bias
     out = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    if query_grid != new_query_grid:
-        out = out.transpose(1, 2).reshape(heads, keys, query_grid[0], query_grid[1])
-        out = F.interpolate(out, size=new_query_grid, mode="bicubic", align_corners=False, antialias=True)
-        out = out.flatten(2).transpose(1, 2)  # [heads, Hq' * Wq', Hk * Wk]
-    if key_grid != new_key_grid:
-        out = out.reshape(heads, -1, key_grid[0], key_grid[1])
-        out = F.interpolate(out, size=new_key_grid, mode="bicubic", align_corners=False, antialias=True)
-        out = out.flatten(2)  # [heads, Hq' * Wq', Hk' * Wk']
+    out = _resize_maps(out.transpose(1, 2), query_grid, new_query_grid).transpose(1, 2)  # [heads, Hq' * Wq', Hk * Wk]
+    out = _resize_maps(out, key_grid, new_key_grid)  # [heads, Hq' * Wq', Hk' * Wk']
     return out.to(bias.dtype)
+
+
+def _resize_maps(maps: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Bicubic over the last axis, a grid in row-major order: [B, C, H * W] -> [B, C, H' * W']."""
+    if grid == new_grid:
+        return maps
+    if grid[1] == 1 and new_grid[1] == 1:
+        # Antialiased, torch (2.6 to 2.14 at least) interpolates a single column wrongly, a single row rightly.
+        grid, new_grid = (1, grid[0]), (1, new_grid[0])
+    maps = maps.reshape(maps.shape[0], maps.shape[1], grid[0], grid[1])
+    return F.interpolate(maps, size=new_grid, mode="bicubic", align_corners=False, antialias=True).flatten(2)
 
 
 class RelPosBias(nn.Module):
