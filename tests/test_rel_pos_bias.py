@@ -131,7 +131,7 @@ def test_low_precision_is_resized_in_float32(dtype):
     assert torch.equal(resized, resize_rel_pos_bias(bias.float(), *args).to(dtype))
 
 
-@pytest.mark.parametrize(("old", "new"), itertools.permutations([(3, 4), (5, 2), (1, 1)], 2))
+@pytest.mark.parametrize(("old", "new"), list(itertools.permutations([(3, 4), (5, 2), (1, 1)], 2)))
 def test_gradients(old, new):
     bias = torch.randn(2, 4 * old[0] * old[1], old[0] * old[1], dtype=torch.float64, requires_grad=True)
     double = [(2 * h, 2 * w) for h, w in (old, new)]
