@@ -240,6 +240,27 @@ def test_missing_and_unexpected_entries_are_named_and_strict_false_takes_the_res
     assert torch.equal(model.head.weight, weights["head.weight"])
 
 
+@pytest.mark.parametrize("options", [dict(num_classes=10), dict(features_only=True)])
+def test_an_incomplete_checkpoint_is_refused_with_other_classes_too(options):
+    weights = {key: value for key, value in authors_weights(TI).items() if not key.startswith("blocks_c.3.mlp.conv1.")}
+    with pytest.raises(RuntimeError, match="is not whole: it lacks stages.2.blocks.3"):
+        timm.create_model(TI, pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights), **options)
+
+
+def test_a_file_that_holds_no_state_dict_is_named(tmp_path):
+    torch.save([1, 2, 3], tmp_path / "list.pth")
+    with pytest.raises(RuntimeError, match="list.pth holds no state dict but a list"):
+        timm.create_model(TI, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "list.pth")))
+
+
+def test_a_grid_without_its_bias_is_ignored():
+    model = timm.create_model(TI, img_size=64)
+    own = model.state_dict()
+    others = timm.create_model(TI).state_dict()
+    model.load_state_dict({k: v for k, v in others.items() if v.shape == own[k].shape}, strict=False)
+    assert model.stages[0].rel_pos_bias.query_grid.tolist() == [16, 16]
+
+
 def test_a_training_checkpoint_names_its_entry():
     assert "pass its 'model' entry" in refused(timm.create_model(TI), dict(model=authors_weights(TI), epoch=1))
 

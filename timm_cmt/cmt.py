@@ -715,6 +715,11 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: CMT) -> dict[str,
     """
     state_dict = from_authors_layout(clean_state_dict(get_weights(checkpoint)))
     refuse_other_network(model, state_dict, GEOMETRIES)
+    missing = [name for name, _ in model.named_parameters() if name not in state_dict and not name.startswith("head.")]
+    if missing:  # timm loads without `strict` where the classes differ, and would leave these as they are
+        raise RuntimeError(
+            f"this checkpoint is not whole: it lacks {missing[0]} and {len(missing) - 1} others of the model"
+        )
     return state_dict
 
 

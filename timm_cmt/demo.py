@@ -72,6 +72,7 @@ def run_demo(
     from tqdm import tqdm
 
     start = time.monotonic()
+    output = output.resolve()  # the commands printed at the end are for another folder
     torch.manual_seed(0)
     data = output / "digits"
     write_digits(data)

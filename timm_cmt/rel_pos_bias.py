@@ -54,7 +54,7 @@ def resize_rel_pos_bias(
     out = bias.to(torch.promote_types(bias.dtype, torch.float32))
     out = _resize_maps(out.transpose(1, 2), query_grid, new_query_grid).transpose(1, 2)  # [heads, Hq' * Wq', Hk * Wk]
     out = _resize_maps(out, key_grid, new_key_grid)  # [heads, Hq' * Wq', Hk' * Wk']
-    return out.to(bias.dtype)
+    return out.to(bias.dtype).contiguous()  # safetensors saves no other layout
 
 
 def _resize_maps(maps: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
@@ -184,7 +184,7 @@ class RelPosBias(nn.Module):
                 )
             size = (side, side)
         else:
-            size = (int(query_grid[0]), int(query_grid[1]))
+            size = (round(float(query_grid[0])), round(float(query_grid[1])))  # averaged checkpoints hold floats
         key_size = self.key_size(size)
         if size[0] * size[1] != queries or key_size[0] * key_size[1] != keys:
             raise RuntimeError(
@@ -198,6 +198,7 @@ class RelPosBias(nn.Module):
         """Bring the bias in a state dict to this module's grid; returns the grid it had, None if there is no bias."""
         weight = state_dict.get(f"{prefix}weight")
         if weight is None:
+            state_dict.pop(f"{prefix}query_grid", None)  # says nothing without its bias
             return None
         size = self.find_query_size(weight, state_dict.get(f"{prefix}query_grid"), f"{prefix}weight")
         k = self.sr_ratio

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
@@ -90,7 +91,9 @@ def _find_problem(path: str | Path) -> str | None:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 file.keys()
         else:
-            torch.load(path, map_location="meta", weights_only=True)  # "meta" reads no more than it has to
+            loaded = torch.load(path, map_location="meta", weights_only=True)  # "meta" reads no more than it has to
+            if not isinstance(loaded, Mapping):
+                return f"holds no state dict but a {type(loaded).__name__}"
     except Exception as err:
         try:
             blocked = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
