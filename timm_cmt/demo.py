@@ -123,8 +123,7 @@ def run_demo(
         top1 = accuracy(logits, labels)[0].item()
         saver.save_checkpoint(epoch, metric=top1)
     bar.close()
-    if epochs:
-        draw_predictions(validation_set, logits, labels, output / "predictions.png")
+    draw_predictions(validation_set, logits, labels, output / "predictions.png")
 
     print(f"top-1 {top1:.2f} % on {len(validation_set)} held-out digits, {time.monotonic() - start:.0f} s")
     print(f"checkpoint  {output / 'last.pth.tar'}")
