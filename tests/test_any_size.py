@@ -114,6 +114,47 @@ def test_compiled_with_no_graph_break(model, training):
             assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_with_sizes_that_torch_makes_symbolic(training):
+    # One stage: reasoning about the symbolic sizes of four takes torch a minute.
+    stage = make(depths=(1, 1, 1, 1)).stages[0].train(training)
+    torch.compiler.reset()
+    compiled = torch.compile(stage, fullgraph=True, backend="aot_eager")
+    for size in [(32, 32), (48, 32), (32, 40)]:  # from the second on
+        x, other = images(size, channels=16), copy.deepcopy(stage)
+        expected, actual = other(x), compiled(x)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        if training:
+            stage.zero_grad()
+            for output in (expected, actual):
+                output.square().sum().backward()
+            for (name, a), b in zip(stage.named_parameters(), other.parameters()):
+                assert (a.grad - b.grad).norm() <= 1e-3 * b.grad.norm() + 1e-3, name
+
+
+def test_autocast_leaves_the_resizing_in_float32():
+    bias = make().stages[0].rel_pos_bias
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = bias(20, 24)
+    low.sum().backward()
+    assert low.dtype == torch.float32 and torch.equal(low, bias(20, 24))
+    gradient, bias.weight.grad = bias.weight.grad, None
+    bias(20, 24).sum().backward()
+    assert torch.equal(gradient, bias.weight.grad)
+
+
+def test_several_models_at_once_through_vmap():
+    from torch.func import functional_call, stack_module_state
+
+    models, x = [make(seed=seed, depths=(1, 1, 1, 1)) for seed in (0, 1)], images((96, 64))
+    params, buffers = stack_module_state(models)
+    with torch.no_grad():
+        for _ in range(2):
+            outputs = torch.vmap(lambda p, b: functional_call(models[0], (p, b), (x,)))(params, buffers)
+            for actual, model in zip(outputs, models):
+                torch.testing.assert_close(actual, model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("feature_cls", ["list", "hook", "fx", "getter"])
 def test_feature_extractors(model, feature_cls):
     features = timm.create_model("cmt_ti", features_only=True, feature_cls=feature_cls, img_size=BUILT).eval()
@@ -244,6 +285,31 @@ def test_an_averaged_copy_follows_its_weights():
         double_in_place(model)
         ema.update(model)
         torch.testing.assert_close(ema.module(images(size)), built_at(size, ema.module)(images(size)))
+
+
+@pytest.mark.parametrize("name", ["ModelEma", "ModelEmaV2", "ModelEmaV3"])
+def test_averaging_leaves_the_grid_as_it_is(name):
+    model = make((96, 160))
+    ema = getattr(timm.utils, name)(model, decay=0.9998)
+    for _ in range(20):
+        ema.update(model)
+    state = ema.ema.state_dict() if name == "ModelEma" else ema.module.state_dict()
+    assert [state[f"stages.{i}.rel_pos_bias.query_grid"].tolist() for i in range(4)] == [
+        [24, 40],
+        [12, 20],
+        [6, 10],
+        [3, 5],
+    ]
+    make((64, 96)).load_state_dict(state)
+
+
+def test_nothing_is_kept_through_training():
+    model = make()
+    with torch.no_grad():
+        model(images((96, 64)))
+    assert model.stages[0].rel_pos_bias._resized
+    model.train()
+    assert not any(stage.rel_pos_bias._resized for stage in model.stages)
 
 
 def test_copies_and_pickles_have_their_own():
@@ -491,6 +557,14 @@ def test_torch_export_with_a_dynamic_batch_has_no_interpolation_and_agrees(model
         x = images((BUILT, BUILT), batch=n)
         with torch.no_grad():
             torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_a_trace_at_another_size_passes_its_check():
+    model, x = make(depths=(1, 1, 1, 1)), images((96, 160))
+    for _ in range(2):  # with nothing kept, then with what an evaluation has kept
+        traced = torch.jit.trace(model, x, check_trace=True, check_tolerance=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(traced(x), model(x))
 
 
 def test_torchscript_has_no_interpolation_at_its_own_size_and_resizes_at_others(model):

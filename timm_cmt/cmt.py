@@ -155,7 +155,8 @@ class LocalPerceptionUnit(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_p: float, fused: bool) -> Tensor:
     """softmax(q k^T * scale + bias) v: [B, heads, N, d], [B, heads, M, d] twice, [heads, N, M] -> [B, heads, N, d]."""
     # On the CPU no fused kernel gives the bias a gradient, and what SDPA falls back to is slower than the formula.
-    if fused and not (bias.requires_grad and bias.device.type == "cpu"):
+    # Nor in a trace, whose check repeats it without gradients and wants the same operations.
+    if fused and not (bias.requires_grad and bias.device.type == "cpu") and not torch.jit.is_tracing():
         # Four dimensions: with a mask of three the CPU's fused kernel is left out too.
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=dropout_p, scale=scale)
     attn = (q * scale) @ k.transpose(-2, -1) + bias

@@ -51,21 +51,37 @@ def resize_rel_pos_bias(
         )
     if query_grid == new_query_grid and key_grid == new_key_grid:
         return bias
+    if not torch.jit.is_scripting():  # which knows no such question
+        if torch.is_autocast_enabled(bias.device.type):
+            with torch.autocast(bias.device.type, enabled=False):
+                return _resize_axes(bias, query_grid, key_grid, new_query_grid, new_key_grid)
+    return _resize_axes(bias, query_grid, key_grid, new_query_grid, new_key_grid)
+
+
+def _resize_axes(
+    bias: Tensor,
+    query_grid: tuple[int, int],
+    key_grid: tuple[int, int],
+    new_query_grid: tuple[int, int],
+    new_key_grid: tuple[int, int],
+) -> Tensor:
     out = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    out = _resize_maps(out.transpose(1, 2), query_grid, new_query_grid).transpose(1, 2)  # [heads, Hq' * Wq', Hk * Wk]
-    out = _resize_maps(out, key_grid, new_key_grid)  # [heads, Hq' * Wq', Hk' * Wk']
-    return out.to(bias.dtype).contiguous()  # safetensors saves no other layout
+    out = out.reshape(bias.shape[0], query_grid[0], query_grid[1], key_grid[0], key_grid[1])
+    for i, size in enumerate([new_query_grid[0], new_query_grid[1], new_key_grid[0], new_key_grid[1]]):
+        # The last axis comes last, whose product needs no copy to be contiguous: the others are small until then.
+        out = (out.transpose(i + 1, -1) @ _bicubic_weights(out.shape[i + 1], size, out)).transpose(i + 1, -1)
+    return out.flatten(3).flatten(1, 2).to(bias.dtype)
 
 
-def _resize_maps(maps: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Bicubic over the last axis, a grid in row-major order: [B, C, H * W] -> [B, C, H' * W']."""
-    if grid == new_grid:
-        return maps
-    if grid[1] == 1 and new_grid[1] == 1:
-        # Antialiased, torch (2.6 to 2.14 at least) interpolates a single column wrongly, a single row rightly.
-        grid, new_grid = (1, grid[0]), (1, new_grid[0])
-    maps = maps.reshape(maps.shape[0], maps.shape[1], grid[0], grid[1])
-    return F.interpolate(maps, size=new_grid, mode="bicubic", align_corners=False, antialias=True).flatten(2)
+def _bicubic_weights(size: int, new_size: int, like: Tensor) -> Tensor:
+    """What each of `size` positions of an axis contributes to each of `new_size`: [size, new_size].
+
+    The interpolation of torch, of unit vectors. Applied as a product, since that has a gradient where torch's own
+    interpolation has none (``torch.compile`` with symbolic sizes) or one that differs from run to run (CUDA).
+    """
+    rows = torch.eye(size, dtype=like.dtype, device=like.device).reshape(1, size, 1, size)
+    # As rows: antialiased, torch (2.6 to 2.14 at least) interpolates single columns wrongly.
+    return F.interpolate(rows, size=(1, new_size), mode="bicubic", align_corners=False, antialias=True)[0, :, 0]
 
 
 class RelPosBias(nn.Module):
@@ -95,6 +111,7 @@ class RelPosBias(nn.Module):
         # The weight and what was resized from it. Replaced as a whole, never edited, since threads share it.
         self._resized: tuple[Tensor, int, dict[tuple[int, int], Tensor]] | None = None
         self.register_load_state_dict_pre_hook(_resize_checkpoint)
+        self.register_state_dict_pre_hook(_renew_query_grid)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -113,8 +130,14 @@ class RelPosBias(nn.Module):
         weight = self._resize(self.weight.detach(), query_size[0], query_size[1])
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self.query_size = query_size
-        self.query_grid = self.query_grid.new_tensor(query_size)
         self._resized = None
+        _renew_query_grid(self)
+
+    def train(self, mode: bool = True) -> "RelPosBias":
+        """Entering training also drops what has been resized: FSDP's writes go unseen (see `_is_unchanged`)."""
+        if mode:
+            self._resized = None
+        return super().train(mode)
 
     def forward(self, height: int, width: int) -> Tensor:
         """-> [heads, height * width, keys], for a feature map of `height` x `width` tokens."""
@@ -135,9 +158,12 @@ class RelPosBias(nn.Module):
     @torch.jit.unused
     def _remembered(self, weight: Tensor, height: int, width: int) -> Tensor:
         """`_resize`, computed once per size for as long as the weight stays what it was."""
-        if torch.jit.is_tracing() and not self.training:
-            # A trace is of one size. What has been resized before enters it as a constant, with no interpolation.
-            weight, height, width = weight.detach(), int(height), int(width)
+        if torch.jit.is_tracing():
+            height, width = int(height), int(width)  # a trace is of one size
+            if not torch.onnx.is_in_onnx_export() or self.training:
+                return self._resize(weight, height, width)
+            # Into ONNX goes, as a constant, what has been resized before, with no interpolation.
+            weight = weight.detach()
         if weight.requires_grad or torch.compiler.is_compiling() or not _is_plain(weight):
             return self._resize(weight, height, width)
         size, held = (height, width), self._resized
@@ -212,8 +238,14 @@ class RelPosBias(nn.Module):
         return f"heads={heads}, query_size={self.query_size}, key_size={self.key_size(self.query_size)}"
 
 
+def _renew_query_grid(module: RelPosBias, *_: Any) -> None:
+    # Before a state dict is taken: averages of weights (timm's ModelEma and ModelEmaV2) round integers down.
+    module.query_grid = module.query_grid.new_tensor(module.query_size)
+
+
 def _resize_checkpoint(module: RelPosBias, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    # The model's own hook has resized before. This is for stages that timm takes out of the model (features_only).
+    # The model's own hook has resized before, and refused what does not fit before anything was copied. This is for
+    # stages that timm takes out of the model (features_only); what is refused here comes after the stem was copied.
     size = module.resize_in(state_dict, prefix)
     if size is not None and size != module.query_size:
         _logger.info("Resized %sweight from a grid of %s to one of %s tokens", prefix, size, module.query_size)
@@ -221,6 +253,8 @@ def _resize_checkpoint(module: RelPosBias, state_dict: dict[str, Any], prefix: s
 
 def _is_plain(weight: Tensor) -> bool:
     """A tensor whose values can be read: no fake, functorch or distributed one."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(weight):  # vmap and the like; no public name tells
+        return False
     return type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta"
 
 
@@ -237,7 +271,8 @@ def _is_unchanged(weight: Tensor, seen: Tensor, version: int) -> bool:
     """Is `weight` still what was `seen`?
 
     On the CPU the values are compared, which misses nothing and takes microseconds. On an accelerator that would make
-    the host wait, so autograd's version counter decides; it sees every edit but those in place through ``.data``.
+    the host wait, so autograd's version counter decides; it sees every edit but those in place through ``.data``, and
+    FSDP's gathering, which `train` is there for.
     """
     if weight.dtype != seen.dtype or weight.device != seen.device or weight.shape != seen.shape:
         return False
