@@ -42,7 +42,8 @@ def main() -> None:
     images = [image.to(args.device) for image in images]
     targets = [{key: value.to(args.device) for key, value in target.items()} for target in targets]
 
-    model = retinanet(args.model, len(CLASSES), min_size=args.size, max_size=2 * args.size, img_size=args.size)
+    sizes = [args.size * part // 8 for part in (6, 7, 8)]  # each photograph at one of them in each step
+    model = retinanet(args.model, len(CLASSES), min_size=sizes, max_size=2 * args.size, img_size=args.size)
     model.to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
@@ -84,8 +85,8 @@ def best_overlaps(target: dict[str, Tensor], output: dict[str, Tensor]) -> Tenso
 
 def draw(targets: list[dict[str, Tensor]], found: list[dict[str, Tensor]], path: Path) -> None:
     """Draw each photograph twice, with the true boxes on the left and the found ones, with scores, on the right."""
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    axes = figure.subplots(2, 6).reshape(6, 2)
+    figure = Figure(figsize=(11, 7.4), layout="constrained")
+    axes = figure.subplots(3, 4).reshape(6, 2)
     for file, target, output, (left, right) in zip(PHOTOGRAPHS, targets, found, axes):
         draw_boxes(left, file, target, "drawn by hand")
         draw_boxes(right, file, output, "found")
@@ -101,7 +102,7 @@ def draw_boxes(axes: Axes, file: str, boxes: dict[str, Tensor], title: str) -> N
         color = f"C{label % 10}"
         axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=1.5))
         text = CLASSES[label] if score is None else f"{CLASSES[label]} {score:.2f}"
-        axes.text(left + 4, top + 4, text, va="top", fontsize=6, color="white", backgroundcolor=color)
+        axes.text(left + 5, top + 5, text, va="top", fontsize=7, color="white", bbox=dict(facecolor=color, lw=0, pad=1))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The model is trained here, from random weights, to tag random crops of six photographs with the objects in them; it has
 never been told where they are. The photograph explained is one of the six, as a whole.
-Run: python examples/explain.py [--model cmt_ti] [--steps 200] [--out gradcam.png]
+Run: python examples/explain.py [--model cmt_ti] [--steps 250] [--out gradcam.png]
 """
 
 import argparse
@@ -24,15 +24,15 @@ from tqdm import tqdm
 
 FILE = "astronaut.png"
 TAGS = CLASSES[1:]  # without the background
-VISIBLE = 0.4  # part of an object's box that a crop must show to be tagged with it
+VISIBLE = 0.3  # part of an object's box that a crop must show to be tagged with it
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="cmt_ti")
     parser.add_argument("--crop", type=int, default=96, help="pixels of a crop's side")
-    parser.add_argument("--size", type=int, default=256, help="pixels of the side of the photograph explained")
-    parser.add_argument("--steps", type=int, default=200, help="training steps, each on 32 crops")
+    parser.add_argument("--size", type=int, default=224, help="pixels of the side of the photograph explained")
+    parser.add_argument("--steps", type=int, default=250, help="training steps, each on 32 crops")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=Path("gradcam.png"))
     args = parser.parse_args()
@@ -81,11 +81,13 @@ def main() -> None:
 
 
 def draw_crop(rng: np.random.Generator, photographs: dict[str, Image.Image]) -> tuple[Image.Image, Tensor]:
-    """A random square of a random photograph, and for each tag 1 if the object is in it, 0 else."""
-    file = rng.choice(list(photographs))
+    """A random square about a place in a random object, and for each tag 1 if the object is in it, 0 else."""
+    places = [(file, box) for file, objects in PHOTOGRAPHS.items() for _, box in objects]
+    file, box = places[rng.integers(len(places))]
     width, height = photographs[file].size
-    side = int(rng.uniform(0.3, 1.0) * min(width, height))
-    left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    side = int(rng.uniform(0.3, 0.7) * min(width, height))
+    left = int(np.clip(rng.uniform(box[0], box[2]) - rng.uniform(0, side), 0, width - side))
+    top = int(np.clip(rng.uniform(box[1], box[3]) - rng.uniform(0, side), 0, height - side))
     tags = torch.zeros(len(TAGS))
     for name, box in PHOTOGRAPHS[file]:
         shown_width = min(box[2], left + side) - max(box[0], left)

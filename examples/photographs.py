@@ -48,9 +48,11 @@ def save_picture(figure: Figure, path: Path) -> None:
     """Save a figure as a PNG of 256 colours, a third of the size; never half of it."""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100, format="png")
+    image = Image.open(picture).convert("RGB")
+    palette = image.quantize()  # dithers only towards a palette that it is given
     part = path.with_name(f"{path.name}.part")
     try:
-        Image.open(picture).convert("RGB").quantize().save(part, format="png", optimize=True)
+        image.quantize(palette=palette).save(part, format="png", optimize=True)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

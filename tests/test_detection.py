@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.layers import set_fused_attn
+from timm.layers import freeze_batch_norm_2d, set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import FCOS, FasterRCNN
 
@@ -83,6 +83,29 @@ def test_a_training_step_is_finite_and_reaches_stem_and_bias(build):
     body = model.backbone.body
     for weight in (body.stem.conv1.weight, *(body[f"stages_{i}"].rel_pos_bias.weight for i in range(4))):
         assert weight.grad.isfinite().all() and weight.grad.any()
+
+
+def test_a_step_with_frozen_batch_norm_leaves_its_statistics():
+    model = retinanet("cmt_ti", 3, min_size=64, max_size=128)
+    freeze_batch_norm_2d(model.backbone.body)
+    before = {key: value.clone() for key, value in model.backbone.body.named_buffers()}
+    sum(model.train()(*make_targets((64, 96))).values()).backward()
+    assert "stages_3.blocks.1.mlp.norm3.running_mean" in before
+    assert all(torch.equal(value, before[key]) for key, value in model.backbone.body.named_buffers())
+    assert model.backbone.body.stem.conv1.weight.grad.any()
+
+
+def test_gradient_checkpointing_of_the_stages_changes_no_gradient():
+    torch.manual_seed(0)
+    model = retinanet("cmt_ti", 3, min_size=64, max_size=128).train()
+    batch = make_targets((64, 96), (96, 64))
+    grads = []
+    for enable in (False, True):
+        model.backbone.body.set_grad_checkpointing(enable)
+        model.zero_grad()
+        sum(model(*batch).values()).backward()
+        grads.append([param.grad for param in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*grads))
 
 
 @BOTH

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import MODELS
+from conftest import MODELS, RELEASE_FILES, authors_weights
 
 smp = pytest.importorskip(
     "segmentation_models_pytorch",
@@ -101,6 +101,16 @@ def test_an_encoder_of_fewer_stages_builds_no_more_than_it_needs(decoder, depth,
     assert list(model.encoder.model) == ["stem", *(f"stages_{i}" for i in range(depth - 1))]
     with torch.inference_mode():
         assert model(torch.randn(1, 3, 64, 96)).shape == (1, 1, 64, 96)
+
+
+def test_weights_and_preprocessing_are_those_of_the_model(torch_home):
+    torch.save(dict(model=authors_weights("cmt_ti")), torch_home / RELEASE_FILES["cmt_ti"])
+    expected = timm.create_model("cmt_ti", pretrained=True)
+    encoder = smp.Unet("tu-cmt_ti", encoder_weights=True).encoder.model
+    assert torch.equal(encoder.stem.conv1.weight, expected.stem.conv1.weight)
+    assert torch.equal(encoder.stages_3.rel_pos_bias.weight, expected.stages[3].rel_pos_bias.weight)
+    params = smp.encoders.get_preprocessing_params("tu-cmt_ti")
+    assert params["mean"] == [0.485, 0.456, 0.406] and params["std"] == [0.229, 0.224, 0.225]
 
 
 def test_other_channels_and_arguments_of_the_model():
