@@ -1,7 +1,7 @@
 """Train RetinaNet on a CMT, from random weights, until it finds the objects in six photographs, and draw its boxes.
 
 It is tested on the photographs that it was trained on: this shows that a detector on a CMT learns, and nothing about
-others. Run: python examples/detect.py [--model cmt_ti] [--size 160] [--steps 150] [--out boxes.png]
+others. Run: python examples/detect.py [--model cmt_ti] [--size 160] [--steps 120] [--out boxes.png]
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="cmt_ti")
     parser.add_argument("--size", type=int, default=160, help="pixels of an image's shorter side")
-    parser.add_argument("--steps", type=int, default=150, help="training steps, each on all six photographs")
+    parser.add_argument("--steps", type=int, default=120, help="training steps, each on all six photographs")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("boxes.png"))

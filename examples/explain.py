@@ -2,7 +2,7 @@
 
 The model is trained here, from random weights, to tag random crops of six photographs with the objects in them; it has
 never been told where they are. The photograph explained is one of the six, as a whole.
-Run: python examples/explain.py [--model cmt_ti] [--steps 250] [--out gradcam.png]
+Run: python examples/explain.py [--model cmt_ti] [--steps 120] [--out gradcam.png]
 """
 
 import argparse
@@ -30,9 +30,9 @@ VISIBLE = 0.3  # part of an object's box that a crop must show to be tagged with
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="cmt_ti")
-    parser.add_argument("--crop", type=int, default=96, help="pixels of a crop's side")
-    parser.add_argument("--size", type=int, default=224, help="pixels of the side of the photograph explained")
-    parser.add_argument("--steps", type=int, default=250, help="training steps, each on 32 crops")
+    parser.add_argument("--crop", type=int, default=64, help="pixels of a crop's side")
+    parser.add_argument("--size", type=int, default=160, help="pixels of the side of the photograph explained")
+    parser.add_argument("--steps", type=int, default=120, help="training steps, each on 32 crops")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=Path("gradcam.png"))
     args = parser.parse_args()

@@ -47,7 +47,7 @@ def open_photograph(file: str) -> Image.Image:
 def save_picture(figure: Figure, path: Path) -> None:
     """Save a figure as a PNG of 256 colours, a third of the size; never half of it."""
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=100, format="png")
+    figure.savefig(picture, dpi=100, format="png", bbox_inches="tight", pad_inches=0.05)
     image = Image.open(picture).convert("RGB")
     palette = image.quantize()  # dithers only towards a palette that it is given
     part = path.with_name(f"{path.name}.part")
