@@ -1,7 +1,7 @@
 """Train RetinaNet on a CMT, from random weights, until it finds the objects in six photographs, and draw its boxes.
 
 It is tested on the photographs that it was trained on: this shows that a detector on a CMT learns, and nothing about
-others. Run: python examples/detect.py [--model cmt_ti] [--size 160] [--steps 120] [--out boxes.png]
+others. Run: python examples/detect.py [--model cmt_ti] [--size 128] [--steps 100] [--out boxes.png]
 """
 
 import argparse
@@ -23,8 +23,8 @@ from timm_cmt.detection import retinanet
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="cmt_ti")
-    parser.add_argument("--size", type=int, default=160, help="pixels of an image's shorter side")
-    parser.add_argument("--steps", type=int, default=120, help="training steps, each on all six photographs")
+    parser.add_argument("--size", type=int, default=128, help="pixels of an image's shorter side")
+    parser.add_argument("--steps", type=int, default=100, help="training steps, each on all six photographs")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("boxes.png"))
@@ -42,8 +42,7 @@ def main() -> None:
     images = [image.to(args.device) for image in images]
     targets = [{key: value.to(args.device) for key, value in target.items()} for target in targets]
 
-    sizes = [args.size * part // 8 for part in (6, 7, 8)]  # each photograph at one of them in each step
-    model = retinanet(args.model, len(CLASSES), min_size=sizes, max_size=2 * args.size, img_size=args.size)
+    model = retinanet(args.model, len(CLASSES), min_size=args.size, max_size=2 * args.size, img_size=args.size)
     model.to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
