@@ -71,7 +71,8 @@ def main() -> None:
             heat = cam(image, targets=[ClassifierOutputTarget(tag)])[0]  # [size, size], 0 to 1
             left, top, right, bottom = (round(edge * args.size / photographs[FILE].width) for edge in box)
             share, area = heat[top:bottom, left:right].sum() / heat.sum(), (right - left) * (bottom - top) / heat.size
-            print(f"{name} {probabilities[tag]:.2f}: {share:.0%} of its map in its box, {area:.0%} of the picture")
+            where = f"{share:.0%} of its map in its box, which is {area:.0%} of the picture"
+            print(f"{name} {probabilities[tag]:.2f}: {where}")
             ax.imshow(show_cam_on_image(np.asarray(photograph) / np.float32(255), heat, use_rgb=True))
             ax.set_title(f"{name} {probabilities[tag]:.2f}", fontsize=9)
     for ax in axes:
