@@ -59,12 +59,15 @@ def test_explaining_leaves_the_model_as_it_was():
 @pytest.mark.slow
 def test_the_example_s_maps_lie_on_the_objects(tmp_path):
     """A model that was told what is in crops of photographs, and never where, explains each tag by its object."""
-    pytest.importorskip("skimage", reason="NOT TESTED: examples/explain.py; pip install scikit-image and run this file")
-    script = Path(__file__).parents[1] / "examples" / "explain.py"
+    pytest.importorskip(
+        "skimage", reason="NOT TESTED: benchmarks/examples/explain.py; pip install scikit-image and run this file"
+    )
+    script = Path(__file__).parents[1] / "benchmarks" / "examples" / "explain.py"
     done = subprocess.run([sys.executable, script, "--out", "map.png"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = re.findall(r"^(\w+) [\d.]+: (\d+)% of its map in its box, which is (\d+)%", done.stdout, re.M)
     assert [name for name, *_ in found] == ["person", "flag", "rocket", "helmet"]
-    assert all(int(share) > int(area) for _, share, area in found), done.stdout
+    for name, share, area in found[1:]:  # a person fills most of the picture
+        assert int(share) > 1.5 * int(area), f"{name}: {done.stdout}"
     assert Image.open(tmp_path / "map.png").width > 1000
     assert [file.name for file in tmp_path.iterdir()] == ["map.png"]

@@ -2,7 +2,7 @@
 
 The model is trained here, from random weights, to tag random crops of six photographs with the objects in them; it has
 never been told where they are. The photograph explained is one of the six, as a whole.
-Run: python examples/explain.py [--model cmt_ti] [--steps 120] [--out gradcam.png]
+Run: python benchmarks/examples/explain.py [--model cmt_ti] [--steps 120] [--out gradcam.png]
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Train RetinaNet on a CMT, from random weights, until it finds the objects in six photographs, and draw its boxes.
 
 It is tested on the photographs that it was trained on: this shows that a detector on a CMT learns, and nothing about
-others. Run: python examples/detect.py [--model cmt_ti] [--size 128] [--steps 100] [--out boxes.png]
+others. Run: python benchmarks/examples/detect.py [--model cmt_ti] [--size 128] [--steps 100] [--out boxes.png]
 """
 
 import argparse
