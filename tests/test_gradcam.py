@@ -1,5 +1,6 @@
 """Grad-CAM through the grad-cam package, on the last stage."""
 
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from PIL import Image
 GradCAM = pytest.importorskip(
     "pytorch_grad_cam", reason="NOT TESTED: Grad-CAM; pip install grad-cam and run pytest tests/test_gradcam.py"
 ).GradCAM
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # more wait for each other where the cores are busy
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,9 @@ def test_the_example_s_maps_lie_on_the_objects(tmp_path):
         "skimage", reason="NOT TESTED: benchmarks/examples/explain.py; pip install scikit-image and run this file"
     )
     script = Path(__file__).parents[1] / "benchmarks" / "examples" / "explain.py"
-    done = subprocess.run([sys.executable, script, "--out", "map.png"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, "--out", "map.png"], cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = re.findall(r"^(\w+) [\d.]+: (\d+)% of its map in its box, which is (\d+)%", done.stdout, re.M)
     assert [name for name, *_ in found] == ["person", "flag", "rocket", "helmet"]

@@ -31,14 +31,37 @@ def register() -> None:
         return
     _is_registered = True
     try:
-        import wrapt
-
-        wrapt.register_post_import_hook(_import_models, "timm.models")
+        if "timm.models" in sys.modules:
+            _import_models()
+        else:
+            sys.meta_path.insert(0, _TimmFinder())
     except Exception as err:
         _warn_not_registered(err)
 
 
-def _import_models(timm_models: Any) -> None:
+class _TimmFinder:
+    """Finds timm.models as the other finders do, and has the models imported at the end of its import.
+
+    At its end, so within the import lock of timm.models: a second thread that imports timm waits, as for any module.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "timm.models":
+            return None
+        finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            execute = spec.loader.exec_module
+
+            def execute_and_import(module: Any) -> None:
+                execute(module)
+                _import_models()
+
+            spec.loader.exec_module = execute_and_import
+        return spec
+
+
+def _import_models() -> None:
     # What cmt imports from this package must not import timm itself: were it imported first, we would come by here
     # while it is half made.
     try:
