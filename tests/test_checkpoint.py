@@ -265,6 +265,19 @@ def test_a_training_checkpoint_names_its_entry():
     assert "pass its 'model' entry" in refused(timm.create_model(TI), dict(model=authors_weights(TI), epoch=1))
 
 
+def test_a_wrapper_s_prefix_is_named():
+    model = timm.create_model(TI)
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    assert "begin with 'module.'" in refused(model, state)
+
+
+def test_statistics_alone_load_without_strict():
+    model = timm.create_model(TI)
+    state = {key: value + 1 for key, value in model.state_dict().items() if key.endswith("running_mean")}
+    model.load_state_dict(state, strict=False)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+
+
 def test_a_grid_that_cannot_be_told_names_the_key_to_add():
     model = timm.create_model(TI, img_size=(96, 160))
     weights = {key: value for key, value in model.state_dict().items() if not key.endswith("query_grid")}
@@ -318,6 +331,13 @@ def test_the_command_line_in_a_checkpoint_is_allowed_during_our_build_only(torch
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
     with pytest.raises(pickle.UnpicklingError):
         torch.load(authors_file, weights_only=True)
+
+
+def test_what_a_user_allows_in_pickles_stays_allowed(torch_home, authors_file):
+    (torch_home / RELEASE_FILES[TI]).write_bytes(authors_file.read_bytes())
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        timm.create_model(TI, pretrained=True)
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

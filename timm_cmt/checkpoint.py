@@ -107,8 +107,12 @@ def refuse_other_network(model: nn.Module, state_dict: Mapping[str, Any], varian
     Raises:
         RuntimeError: One sentence that says what the state dict is, and what to do.
     """
-    own = dict(model.named_parameters())
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if state_dict and not own.keys() & state_dict.keys():
+        first = "stem.conv1.weight"
+        prefix = next((key.removesuffix(first) for key in state_dict if key.endswith(first)), None)
+        if prefix:
+            raise RuntimeError(f"the keys of this checkpoint begin with {prefix!r}; pass it with that taken away")
         wrapper = next((key for key in ("state_dict", "model") if isinstance(state_dict.get(key), Mapping)), None)
         if wrapper:
             raise RuntimeError(f"this is a training checkpoint, not a state dict; pass its {wrapper!r} entry")

@@ -18,7 +18,9 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -661,7 +663,7 @@ def _init_weights(module: nn.Module, name: str = "") -> None:
 
 def _check_img_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
     size = tuple(to_2tuple(img_size))
-    if len(size) != 2 or min(size) < MIN_SIZE:
+    if len(size) != 2 or not all(isinstance(side, Integral) and side >= MIN_SIZE for side in size):
         raise ValueError(
             f"img_size {img_size} is no size for CMT; it takes (height, width) of at least {MIN_SIZE} pixels"
         )
@@ -734,7 +736,9 @@ def _create_cmt(variant: str, pretrained: bool = False, **kwargs) -> CMT:
     # timm hands on the config's size only where that says it is fixed; a config saved from an instance does not.
     img_size = kwargs.setdefault("img_size", tuple(cfg.input_size[-2:]))
     # The authors' training checkpoints hold their command line. Where timm loads a URL, it allows no such thing.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    # On leaving, torch would also take back what a user has allowed.
+    allowed = argparse.Namespace in torch.serialization.get_safe_globals()
+    with nullcontext() if allowed else torch.serialization.safe_globals([argparse.Namespace]):
         if pretrained:
             ensure_whole(cfg, kwargs.get("cache_dir"))
         try:

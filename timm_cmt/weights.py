@@ -69,7 +69,7 @@ def _download(url: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        print(f"Downloading {url} to {path}")
+        _logger.info("Downloading %s to %s", url, path)
         torch.hub.download_url_to_file(url, str(part), progress=True)
         problem = _find_problem(part)
         if problem:
