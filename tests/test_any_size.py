@@ -174,6 +174,11 @@ def test_feature_extractors(model, feature_cls):
     assert shapes == [(59, 96), (29, 48), (14, 24), (7, 12), (3, 6)]
 
 
+def test_shapes_at_another_size_on_the_meta_device():
+    model = timm.create_model("cmt_ti", device="meta")
+    assert model(torch.empty(1, 3, 96, 200, device="meta")).shape == (1, 1000)
+
+
 def test_an_image_under_32_pixels_is_named(model):
     features = timm.create_model("cmt_ti", features_only=True)
     for run in (model, model.forward_features, model.forward_intermediates, features):

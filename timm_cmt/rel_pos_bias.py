@@ -52,7 +52,7 @@ def resize_rel_pos_bias(
     if query_grid == new_query_grid and key_grid == new_key_grid:
         return bias
     if not torch.jit.is_scripting():  # which knows no such question
-        if torch.is_autocast_enabled(bias.device.type):
+        if bias.device.type != "meta" and torch.is_autocast_enabled(bias.device.type):  # there is none on "meta"
             with torch.autocast(bias.device.type, enabled=False):
                 return _resize_axes(bias, query_grid, key_grid, new_query_grid, new_key_grid)
     return _resize_axes(bias, query_grid, key_grid, new_query_grid, new_key_grid)
