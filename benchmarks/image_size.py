@@ -61,7 +61,7 @@ def main() -> None:
     print(f"\n{args.model} built at {args.built_at}, batch {args.batch_size}, {args.device}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {args.rounds} rounds\n")
     print(
-        f"| size | time / time at {args.sizes[0]} | bias kept / model built at the size | looking it up, of a forward pass "
+        f"| size | time / time at {args.sizes[0]} | bias kept / model built at the size | looking it up "
         "| resizing, once a size |"
     )
     print("|---|---|---|---|---|")

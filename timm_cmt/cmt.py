@@ -92,6 +92,35 @@ def get_grid_sizes(img_size: tuple[int, int], num_stages: int = 4) -> list[tuple
     return [(H >> i, W >> i) for i in range(1, num_stages + 1)]  # the 2 x 2 convolutions round down
 
 
+@torch.no_grad()
+def fold_shortcut(conv: nn.Conv2d) -> None:
+    """Make a depth-wise convolution of an odd, padded kernel add its input: conv(x) becomes conv(x) + x."""
+    conv.weight[:, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] += 1
+
+
+def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm in evaluation multiplies each channel by and adds to it, in float64."""
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+@torch.no_grad()
+def fold_norm_into_conv_before(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """conv(x) becomes norm(conv(x))."""
+    scale, shift = _scale_and_shift(norm)
+    conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    conv.bias.copy_(conv.bias.double() * scale + shift)
+
+
+@torch.no_grad()
+def fold_norm_into_conv_after(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
+    """conv(x) becomes conv(norm(x)), for a convolution with one group and without padding."""
+    scale, shift = _scale_and_shift(norm)
+    weight = conv.weight.double()
+    conv.bias.copy_(conv.bias.double() + weight.sum((2, 3)) @ shift)
+    conv.weight.copy_(weight * scale[:, None, None])
+
+
 class Stem(nn.Module):
     """Three 3 x 3 convolutions, the first of stride 2, each followed by GELU, then BatchNorm (section 3.1).
 
@@ -145,12 +174,22 @@ class LocalPerceptionUnit(nn.Module):
     [B, C, H, W] -> [B, C, H, W]
     """
 
+    has_shortcut: torch.jit.Final[bool]
+
     def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.has_shortcut = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) + x
+        return self.conv(x) + x if self.has_shortcut else self.conv(x)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the shortcut into the kernel, for inference."""
+        if self.has_shortcut:
+            fold_shortcut(self.conv)
+            self.has_shortcut = False
 
 
 @register_notrace_function
@@ -230,6 +269,17 @@ class LightweightAttention(nn.Module):
         x = self.proj_drop(self.proj(x))
         return x.transpose(1, 2).reshape(B, C, H, W)
 
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the BatchNorm into the reduction before it, and the scale into the queries, for inference."""
+        if isinstance(self.sr_norm, nn.BatchNorm2d):
+            fold_norm_into_conv_before(self.sr, self.sr_norm)
+            self.sr_norm = nn.Identity()
+        with torch.no_grad():
+            self.q.weight.mul_(self.scale)
+            self.q.bias.mul_(self.scale)
+        self.scale = 1.0
+
 
 class InvertedResidualFFN(nn.Module):
     """IRFFN(X) = Conv(F(Conv(X))), F(X) = DWConv(X) + X (eqs. 4-5).
@@ -244,6 +294,8 @@ class InvertedResidualFFN(nn.Module):
         act_layer: The activation.
         drop: Dropout probability after the first BatchNorm and after the last.
     """
+
+    has_shortcut: torch.jit.Final[bool]
 
     def __init__(
         self, dim: int, hidden_dim: int, act_layer: LayerType = nn.GELU, drop: float = 0.0, device=None, dtype=None
@@ -261,12 +313,26 @@ class InvertedResidualFFN(nn.Module):
         self.conv2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
         self.norm3 = nn.BatchNorm2d(dim, **dd)
         self.drop2 = nn.Dropout(drop)
+        self.has_shortcut = True
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop1(self.norm1(self.act1(self.conv1(x))))
-        x = self.norm2(self.act2(self.dwconv(x) + x))
+        x = self.norm2(self.act2(self.dwconv(x) + x if self.has_shortcut else self.dwconv(x)))
         x = self.drop2(self.norm3(self.conv2(x)))
         return x
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the shortcut into the kernel, and both BatchNorms around the last convolution into it, for inference.
+
+        The first BatchNorm stays: it comes before a padded convolution, whose zeros at the border it does not shift.
+        """
+        if self.has_shortcut:
+            fold_shortcut(self.dwconv)
+            fold_norm_into_conv_after(self.norm2, self.conv2)
+            fold_norm_into_conv_before(self.conv2, self.norm3)
+            self.norm2, self.norm3 = nn.Identity(), nn.Identity()
+            self.has_shortcut = False
 
 
 class Block(nn.Module):
