@@ -40,6 +40,7 @@ def test_the_wheel_holds_the_package_and_its_entry_point(wheel):
         metadata = file.read(f"{info}/METADATA").decode()
     assert {path.name for path in (ROOT / "timm_cmt").glob("*.py")} <= {Path(n).name for n in names}
     assert "timm_cmt/py.typed" in names and any(n.endswith("/LICENSE") for n in names)
+    assert {f"timm_cmt/recipes/{path.name}" for path in (ROOT / "timm_cmt" / "recipes").iterdir()} <= set(names)
     assert not any(n.startswith(("tests", "benchmarks")) for n in names)
     assert "[torch.backends]\ntimm_cmt = timm_cmt:register" in entry_points
     assert "timm-cmt = timm_cmt.cli:main" in entry_points

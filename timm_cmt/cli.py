@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,6 +11,7 @@ import torch
 
 from . import __version__
 from .cmt import MIN_SIZE, VARIANTS
+from .recipe import find_recipe, make_command
 
 __all__ = ["main"]
 
@@ -59,7 +60,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--model", default="cmt_ti", choices=list(VARIANTS), help="the model")
     demo.add_argument("--pretrained", action="store_true", help="start from the ImageNet weights")
-    demo.add_argument("--epochs", type=_positive, default=12, help="epochs over the training images")
+    demo.add_argument("--epochs", type=_count("epochs"), default=12, help="epochs over the training images")
     demo.add_argument("--img-size", type=_image_size, default=64, help="height and width in pixels")
     demo.add_argument("--output", type=Path, default=Path("timm-cmt-demo"), help="folder to write into")
     demo.add_argument("--device", type=_device, default="cpu", help="torch device, such as cpu or cuda")
@@ -107,6 +108,18 @@ def _build_parser() -> argparse.ArgumentParser:
     publication.add_argument("--dry-run", action="store_true", help="convert and say what would be uploaded")
     publication.set_defaults(run=_run_publish)
 
+    recipe = commands.add_parser(
+        "recipe",
+        help="print a training recipe for timm's train.py",
+        description="Print the path of a recipe, for `train.py -c`. With any of the options, print the whole command "
+        "for one machine instead, with the learning rate that the recipe has for so many images.",
+    )
+    recipe.add_argument("name", nargs="?", help="the recipe; without one, an error that lists them")
+    recipe.add_argument("--batch-size", type=_count("images"), help="images on each GPU (default: the recipe's)")
+    recipe.add_argument("--gpus", type=_count("GPUs"), help="GPUs of the machine (default: 1)")
+    recipe.add_argument("--data-dir", help="the data set's folder (default: DIR, to be filled in)")
+    recipe.set_defaults(run=_run_recipe)
+
     configs = commands.add_parser(
         "hub-configs",
         help="write the configurations and model cards of the published models",
@@ -128,6 +141,13 @@ def _run_publish(args: argparse.Namespace) -> None:
     from .hub import publish
 
     publish(args.org, args.models, args.private, args.create_pr, args.dry_run)
+
+
+def _run_recipe(args: argparse.Namespace) -> None:
+    given = {
+        name: getattr(args, name) for name in ("batch_size", "gpus", "data_dir") if getattr(args, name) is not None
+    }
+    print(make_command(args.name, **given) if given else find_recipe(args.name))
 
 
 def _run_hub_configs(args: argparse.Namespace) -> None:
@@ -159,10 +179,15 @@ def _run_demo(args: argparse.Namespace) -> None:
     run_demo(args.output, args.model, args.epochs, args.img_size, args.device, args.pretrained)
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is no number of epochs; give 1 or more")
-    return int(text)
+def _count(what: str) -> Callable[[str], int]:
+    """A type for argparse: one or more of `what`."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) == 0:
+            raise argparse.ArgumentTypeError(f"{text} is no number of {what}; give 1 or more")
+        return int(text)
+
+    return parse
 
 
 def _image_size(text: str) -> int:

@@ -1,0 +1,64 @@
+"""Training recipes, YAML files that timm's train.py takes with ``-c``, as ``timm-cmt recipe`` prints them.
+
+One file per ImageNet model and per data set of the paper's transfer experiments; each says which of its numbers are the
+authors'.
+"""
+
+import shlex
+from pathlib import Path
+
+import yaml
+
+__all__ = ["find_recipe", "list_recipes", "make_command"]
+
+RECIPES = Path(__file__).with_name("recipes")
+
+
+def list_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_recipe(name: str | None) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        ValueError: No name is given, or there is no such recipe.
+    """
+    names = list_recipes()
+    if name not in names:
+        problem = "no recipe is named" if name is None else f"there is no recipe {name}"
+        raise ValueError(f"{problem}; choose one of {', '.join(names)}")
+    return RECIPES / f"{name}.yaml"
+
+
+def make_command(name: str, batch_size: int | None = None, gpus: int = 1, data_dir: str = "DIR") -> str:
+    """The train.py command of a recipe for one machine, with the learning rate of its global batch.
+
+    That rate is the one which train.py itself finds by the recipe's ``lr_base``; it is printed so that it can be seen.
+
+    Args:
+        name: The recipe.
+        batch_size: Images on each GPU; the recipe's own if None.
+        gpus: Processes, one GPU each.
+        data_dir: The data set's folder.
+
+    Raises:
+        ValueError: There is no such recipe, or it does not work with such a batch.
+    """
+    path = find_recipe(name)
+    recipe = yaml.safe_load(path.read_text())
+    if batch_size is None:
+        batch_size = recipe["batch_size"]
+    if batch_size % 2:
+        raise ValueError(f"--batch-size {batch_size} is odd, but mixup takes the images in pairs; give an even number")
+    lr = recipe["lr_base"] * batch_size * gpus / recipe["lr_base_size"]
+    if lr <= recipe["min_lr"]:
+        raise ValueError(
+            f"--batch-size {batch_size} and --gpus {gpus} give a learning rate of {lr:g}, not above the recipe's "
+            f"lowest, {recipe['min_lr']:g}; give more images or GPUs"
+        )
+    launcher = "python" if gpus == 1 else f"torchrun --standalone --nproc-per-node={gpus}"
+    options = ["-c", str(path), "--data-dir", data_dir, "--batch-size", str(batch_size), "--lr", f"{lr:g}"]
+    if gpus == 1 and "aug_repeats" in recipe:  # train.py repeats augmentations in many processes only
+        options += ["--aug-repeats", "0"]
+    return f"{launcher} train.py {shlex.join(options)}"
