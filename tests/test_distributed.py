@@ -105,6 +105,8 @@ def test_two_processes_save_the_running_statistics_of_one(train):
 @pytest.fixture(scope="module")
 def fsdp(tmp_path_factory) -> tuple[dict, Path]:
     """What fsdp_worker wrote: its results, and the distributed checkpoint."""
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("NOT TESTED: FSDP2, which in torch 2.6 does not run on the CPU; use a newer torch")
     folder = tmp_path_factory.mktemp("fsdp")
     launch(2, fsdp_worker.__file__, str(folder), cwd=folder)
     return torch.load(folder / "results.pt", weights_only=False), folder / "checkpoint"

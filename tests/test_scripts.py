@@ -1,22 +1,31 @@
 """timm's scripts, unmodified, from a clone of timm: they are not on PyPI, so TIMM_SRC names the clone."""
 
+import csv
 import json
+import math
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import yaml
 from conftest import RELEASE_FILES, authors_weights
 
-from timm_cmt.demo import train_command, validate_command
+from timm_cmt.demo import train_command, validate_command, write_digits
+from timm_cmt.recipe import make_command
 
 TIMM_SRC = os.environ.get("TIMM_SRC")
 pytestmark = pytest.mark.skipif(
     not TIMM_SRC,
-    reason="NOT TESTED: timm's train.py, validate.py, inference.py, benchmark.py and onnx_export.py. "
-    "Clone timm and run TIMM_SRC=path/to/the/clone pytest tests/test_scripts.py",
+    reason="NOT TESTED: timm's train.py, validate.py, inference.py, benchmark.py, onnx_export.py, onnx_validate.py, "
+    "avg_checkpoints.py, clean_checkpoint.py and hubconf.py. Clone timm and run "
+    "TIMM_SRC=path/to/the/clone pytest tests/test_scripts.py",
 )
 BOTH = pytest.mark.parametrize("model", ["cmt_ti", "cmt_b"])
 
@@ -47,16 +56,30 @@ def torch_home(tmp_path_factory) -> Path:
 
 
 def run(command: str, cwd: Path, **environ: str) -> str:
-    """Run 'script.py options' of the clone; returns what it printed."""
-    script, *options = command.split()
+    """Run 'script.py options' of the clone, or 'torchrun options script.py options'; returns what it printed."""
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        words[:1] = ["-m", "torch.distributed.run"]
     # Scripts import what stands beside them, so they run from a folder without the clone's own timm package.
     for path in Path(TIMM_SRC).glob("*.py"):
         (cwd / path.name).write_text(path.read_text())
     done = subprocess.run(
-        [sys.executable, script, *options], cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done.stderr + done.stdout
+
+
+def validation(data: Path) -> str:
+    """Options of validate.py for a checkpoint of `runs`."""
+    return (
+        f"--data-dir {data} --model cmt_ti --img-size 64 --model-kwargs img_size=64 depths=1,1,1,1 --num-classes 10 "
+        "--workers 1 --device cpu -b 10"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +212,217 @@ def test_the_commands_that_the_demo_prints_run(data, tmp_path):
     path = tmp_path / "output" / "digits" / "last.pth.tar"
     log = run(validate_command(data, "cmt_ti", 64, "cpu", path).removeprefix("python "), tmp_path)
     assert '"top1"' in log
+
+
+# ---- options of train.py, each on a small network (one block a stage) and compared with a run that lacks it
+
+
+class Runs:
+    """One epoch of train.py over the 70 digits, the same in every run but for the options; run once each."""
+
+    def __init__(self, data: Path, torch_home: Path, folder: Path):
+        self.data, self.torch_home, self.folder, self.logs = data, torch_home, folder, {}
+
+    def __call__(self, options: str = "") -> Path:
+        """The output folder of a run."""
+        if options not in self.logs:
+            cwd = self.folder / str(len(self.logs))
+            cwd.mkdir()
+            log = run(
+                f"train.py --data-dir {self.data} --model cmt_ti --img-size 64 --num-classes 10 --epochs 1 "
+                "--batch-size 14 --opt adamw --lr 1e-3 --warmup-epochs 0 --no-aug --workers 1 --device cpu "
+                f"--output out --experiment test --model-kwargs img_size=64 depths=1,1,1,1 {options}",
+                cwd,
+                TORCH_HOME=str(self.torch_home.parent.parent),
+            )
+            self.logs[options] = cwd / "out" / "test", log
+        return self.logs[options][0]
+
+    def log(self, options: str) -> str:
+        self(options)
+        return self.logs[options][1]
+
+    def loss(self, options: str = "") -> float:
+        with open(self(options) / "summary.csv") as file:
+            return float(list(csv.DictReader(file))[-1]["train_loss"])
+
+
+@pytest.fixture(scope="module")
+def runs(data, torch_home, tmp_path_factory) -> Runs:
+    return Runs(data, torch_home, tmp_path_factory.mktemp("runs"))
+
+
+def test_mixed_precision_follows_single_precision(runs):
+    assert runs.loss("--amp --amp-dtype bfloat16") == pytest.approx(runs.loss(), abs=0.02)
+    assert "Training in mixed precision" in runs.log("--amp --amp-dtype bfloat16")
+
+
+def test_gradient_checkpointing_gives_the_same_loss(runs):
+    assert runs.loss("--grad-checkpointing") == pytest.approx(runs.loss(), abs=1e-5)
+
+
+def test_compiled_training_gives_the_same_loss(runs):
+    options = "--torchcompile aot_eager"
+    assert runs.loss(options) == pytest.approx(runs.loss(), abs=1e-3)
+    assert "backend=aot_eager" in runs.log(options)
+
+
+@pytest.mark.slow
+def test_training_compiled_by_inductor_gives_the_same_loss(runs):
+    if not shutil.which("g++"):
+        pytest.skip("NOT TESTED: --torchcompile with inductor, which needs a C++ compiler")
+    assert runs.loss("--torchcompile inductor") == pytest.approx(runs.loss(), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["logit", "feature"])
+def test_distillation(kind, runs):
+    options = f"--kd-model-name cmt_ti --kd-distill-type {kind}"
+    assert "Creating KD teacher model: 'cmt_ti'" in runs.log(options)
+    assert math.isfinite(runs.loss(options)) and abs(runs.loss(options) - runs.loss()) > 0.01
+    # The teacher is no part of what is saved.
+    state = torch.load(runs(options) / "last.pth.tar", weights_only=False)["state_dict"]
+    assert state.keys() == torch.load(runs() / "last.pth.tar", weights_only=False)["state_dict"].keys()
+
+
+def test_resume_goes_on_with_the_optimizer_where_a_run_ended(runs):
+    options = f"--epochs 2 --resume {runs() / 'last.pth.tar'}"
+    assert "optimizer" in runs.log(options)
+    with open(runs(options) / "summary.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
+    steps = {
+        int(state["step"])
+        for state in torch.load(runs(options) / "last.pth.tar", weights_only=False)["optimizer"]["state"].values()
+    }
+    assert steps == {10}  # five batches an epoch, two epochs
+    assert runs.loss(options) < runs.loss()
+
+
+def test_a_recipe_trains_in_one_process(data, tmp_path):
+    command = make_command("cmt_ti", batch_size=14, gpus=1, data_dir=str(data)).removeprefix("python ")
+    run(
+        f"{command} --img-size 64 --model-kwargs img_size=64 depths=1,1,1,1 --num-classes 10 --epochs 1 "
+        "--warmup-epochs 0 --cooldown-epochs 0 --amp-dtype bfloat16 --workers 1 --device cpu --output out "
+        "--experiment test",
+        tmp_path,
+    )
+    used = yaml.safe_load((tmp_path / "out" / "test" / "args.yaml").read_text())
+    assert (used["mixup"], used["cutmix"], used["reprob"], used["drop"], used["amp"]) == (0.8, 1.0, 0.25, 0.1, True)
+    rows = (tmp_path / "out" / "test" / "summary.csv").read_text().splitlines()
+    assert len(rows) == 2 and math.isfinite(float(rows[1].split(",")[1]))
+
+
+def test_a_recipe_trains_in_two_processes_with_repeated_augmentation(tmp_path):
+    write_digits(tmp_path / "digits")  # repeated augmentation takes multiples of 256 images
+    shutil.rmtree(tmp_path / "digits" / "validation")
+    shutil.copy(Path(__file__).parent / "cpu_device.py", tmp_path)
+    command = make_command("cmt_ti", batch_size=64, gpus=2, data_dir=str(tmp_path / "digits"))
+    log = run(
+        f"{command} --img-size 32 --model-kwargs img_size=32 depths=1,1,1,1 --num-classes 10 --epochs 1 "
+        "--warmup-epochs 0 --cooldown-epochs 0 --amp-dtype bfloat16 --workers 1 --device cpu --output out "
+        "--experiment test --val-split '' --device-modules cpu_device",
+        tmp_path,
+    )
+    used = yaml.safe_load((tmp_path / "out" / "test" / "args.yaml").read_text())
+    assert used["aug_repeats"] == 3
+    assert "/8 " in log  # 1198 images: 1024 of them, in 8 batches of 2 x 64
+
+
+def test_train_py_finds_the_learning_rate_that_the_command_prints(data, tmp_path):
+    recipe = make_command("cmt_ti", batch_size=14, data_dir=str(data)).removeprefix("python ")
+    before, _, after = recipe.partition(" --lr ")
+    lr, _, rest = after.partition(" ")
+    log = run(
+        f"{before} {rest} --img-size 32 --model-kwargs img_size=32 depths=1,1,1,1 --num-classes 10 --epochs 1 "
+        "--warmup-epochs 0 --cooldown-epochs 0 --workers 1 --device cpu --output out --experiment test",
+        tmp_path,
+    )
+    calculated = float(re.search(r"Learning rate \(([\d.e-]+)\) calculated", log)[1])
+    assert calculated == pytest.approx(float(lr), rel=1e-5)
+
+
+# ---- validate.py, onnx_validate.py
+
+
+def test_validate_reparam_changes_nothing(runs, data, tmp_path):
+    command = f"validate.py {validation(data)} --checkpoint {runs() / 'last.pth.tar'}"
+    one, two = (json.loads(run(c, tmp_path).partition("--result\n")[2]) for c in (command, f"{command} --reparam"))
+    assert [one[key] for key in ("top1", "top5", "param_count")] == [two[k] for k in ("top1", "top5", "param_count")]
+
+
+def test_validate_writes_its_results(runs, data, tmp_path):
+    options = f"{validation(data)} --checkpoint {runs() / 'last.pth.tar'} --results-file results.csv"
+    results = json.loads(run(f"validate.py {options}", tmp_path).partition("--result\n")[2])
+    with open(tmp_path / "results.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert row["model"] == "cmt_ti" and float(row["top1"]) == results["top1"]
+
+
+def test_validate_takes_all_models_that_a_wildcard_names(data, tmp_path):
+    """Those with weights, that is: timm looks the wildcard up among them only."""
+    folder = tmp_path / "torch_home" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    for model, file in RELEASE_FILES.items():
+        torch.save(dict(model=authors_weights(model)), folder / file)
+    log = run(
+        f"validate.py --data-dir {data} --model cmt_* --img-size 32 --workers 1 --device cpu -b 10 "
+        "--results-file results.csv",
+        tmp_path,
+        TORCH_HOME=str(tmp_path / "torch_home"),
+    )
+    results = json.loads(log.partition("--result\n")[2])
+    assert {result["model"] for result in results} == {f"{model}.in1k" for model in RELEASE_FILES}
+
+
+def test_onnx_validate_has_validate_s_results(data, trained, tmp_path):
+    pytest.importorskip("onnxruntime", reason="NOT TESTED: onnx_validate.py; pip install onnx onnxscript onnxruntime")
+    _, path = trained("cmt_ti")
+    run(f"onnx_export.py out.onnx --model cmt_ti --num-classes 10 --img-size 64 -b 10 --checkpoint {path}", tmp_path)
+    log = run(f"onnx_validate.py {data / 'validation'} --onnx-input out.onnx --img-size 64 -b 10 -j 1", tmp_path)
+    found = re.search(r"Prec@1 ([\d.]+) .* Prec@5 ([\d.]+) \([\d.]+\)\s*$", log)
+    log = run(
+        f"validate.py --data-dir {data} --model cmt_ti --num-classes 10 --img-size 64 --checkpoint {path} --use-ema "
+        "--workers 1 --device cpu -b 10",
+        tmp_path,
+    )
+    results = json.loads(log.partition("--result\n")[2])
+    assert (float(found[1]), float(found[2])) == (round(results["top1"], 3), round(results["top5"], 3))
+
+
+# ---- checkpoints, and torch.hub
+
+
+def test_averaged_checkpoints_load_with_their_grids(runs, tmp_path):
+    files = [runs() / "checkpoint-0.pth.tar", runs(f"--epochs 2 --resume {runs() / 'last.pth.tar'}") / "last.pth.tar"]
+    (tmp_path / "checkpoints").mkdir()
+    for i, file in enumerate(files):
+        shutil.copy(file, tmp_path / "checkpoints" / f"{i}.pth.tar")
+    run("avg_checkpoints.py --input checkpoints --output averaged.pth", tmp_path)
+    model = timm.create_model(
+        "cmt_ti", img_size=64, num_classes=10, depths=(1, 1, 1, 1), checkpoint_path=str(tmp_path / "averaged.pth")
+    )
+    states = [torch.load(file, weights_only=False)["state_dict"] for file in files]
+    for i, stage in enumerate(model.stages):
+        grid = stage.rel_pos_bias.query_grid
+        assert grid.dtype == torch.int64 and grid.tolist() == [16 >> i, 16 >> i]  # the script saves them as floats
+        expected = sum(state[f"stages.{i}.rel_pos_bias.weight"] for state in states) / 2
+        torch.testing.assert_close(stage.rel_pos_bias.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("option", ["", "--safetensors"])
+def test_a_cleaned_checkpoint_has_the_averaged_weights(option, trained, tmp_path):
+    _, path = trained("cmt_ti")
+    suffix = "safetensors" if option else "pth"
+    run(f"clean_checkpoint.py --checkpoint {path} --output clean.{suffix} --no-hash {option}", tmp_path)
+    model = timm.create_model("cmt_ti", img_size=64, num_classes=10, checkpoint_path=f"{tmp_path}/clean.{suffix}")
+    expected = torch.load(path, weights_only=False)["state_dict_ema"]
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+def test_torch_hub_finds_the_models_in_timm_s_repository(runs, tmp_path):
+    code = f"""
+import torch
+model = torch.hub.load({str(tmp_path)!r}, "cmt_ti", source="local", num_classes=7)
+print(tuple(model.eval()(torch.zeros(1, 3, 64, 64)).shape))
+"""
+    (tmp_path / "use_hub.py").write_text(code)
+    assert "(1, 7)" in run("use_hub.py", tmp_path)
