@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +60,12 @@ def torch_home(tmp_path, monkeypatch):
     folder = tmp_path / "torch_home" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """`timm-cmt demo`, run once as a user would (a minute or more): how it ended, and the folder it wrote."""
+    cwd = tmp_path_factory.mktemp("demo")
+    done = subprocess.run([sys.executable, "-m", "timm_cmt", "demo"], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done, cwd / "timm-cmt-demo"
