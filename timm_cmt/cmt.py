@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
+    GELU,
     DropPath,
     LayerNorm2d,
     LayerType,
@@ -64,6 +65,7 @@ from .checkpoint import (
     refuse_misfit,
     refuse_other_network,
 )
+from .recompute import gelu_norm_conv
 from .rel_pos_bias import RelPosBias
 from .weights import RELEASE_URL, ensure_whole, get_hub_id
 
@@ -121,6 +123,13 @@ def fold_norm_into_conv_after(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
     conv.weight.copy_(weight * scale[:, None, None])
 
 
+def can_recompute(x: Tensor, modules: tuple[nn.Module, ...]) -> bool:
+    """Can `gelu_norm_conv` stand in for these modules? Not for what has replaced them (SyncBatchNorm, adapters)."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Tensor):  # FX has proxies
+        return False
+    return tuple(map(type, modules)) == (GELU, nn.BatchNorm2d, nn.Conv2d) * 2
+
+
 class Stem(nn.Module):
     """Three 3 x 3 convolutions, the first of stride 2, each followed by GELU, then BatchNorm (section 3.1).
 
@@ -143,12 +152,20 @@ class Stem(nn.Module):
         self.conv3 = nn.Conv2d(dim, dim, 3, padding=1, **dd)
         self.act3 = act_layer()
         self.norm3 = nn.BatchNorm2d(dim, **dd)
+        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = check_size(x)  # here, not in CMT.forward: timm's feature extractors take the model apart
-        x = self.norm1(self.act1(self.conv1(x)))
-        x = self.norm2(self.act2(self.conv2(x)))
-        x = self.norm3(self.act3(self.conv3(x)))
+        x = self.conv1(x)
+        if not torch.jit.is_scripting():
+            modules = self.act1, self.norm1, self.conv2, self.act2, self.norm2, self.conv3
+            if self.recompute and self.training and can_recompute(x, modules):
+                x = gelu_norm_conv(x, self.norm1, self.conv2)
+                x = gelu_norm_conv(x, self.norm2, self.conv3)
+                return self.norm3(self.act3(x))
+        x = self.conv2(self.norm1(self.act1(x)))
+        x = self.conv3(self.norm2(self.act2(x)))
+        x = self.norm3(self.act3(x))
         return x
 
 
@@ -314,9 +331,17 @@ class InvertedResidualFFN(nn.Module):
         self.norm3 = nn.BatchNorm2d(dim, **dd)
         self.drop2 = nn.Dropout(drop)
         self.has_shortcut = True
+        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.norm1(self.act1(self.conv1(x))))
+        x = self.conv1(x)
+        if not torch.jit.is_scripting():
+            modules = self.act1, self.norm1, self.dwconv, self.act2, self.norm2, self.conv2
+            if self.recompute and self.training and can_recompute(x, modules):
+                x = gelu_norm_conv(x, self.norm1, self.dwconv, shortcut=True)
+                x = gelu_norm_conv(x, self.norm2, self.conv2)
+                return self.norm3(x)
+        x = self.drop1(self.norm1(self.act1(x)))
         x = self.norm2(self.act2(self.dwconv(x) + x if self.has_shortcut else self.dwconv(x)))
         x = self.drop2(self.norm3(self.conv2(x)))
         return x
@@ -474,9 +499,14 @@ class CMT(nn.Module):
         act_layer: The activation of stem and IRFFN; paper: GELU.
         norm_layer: The normalisation of [B, C, H, W] maps in blocks and patch aggregation; paper: LayerNorm, whose eps
             is 1e-6 in the blocks and 1e-5 in the patch aggregation.
+        recompute_act: In eager training, keep two tensors of the IRFFN's hidden width for its backward pass rather than
+            six (and fewer in the stem), and compute the others anew: less memory for some time, without a second run of
+            any convolution.
+            Hooks on the modules in between are not called, and there are no second gradients.
 
     Raises:
-        ValueError: An image size under 32, or a number of heads that does not divide its stage's channels.
+        ValueError: An image size under 32, a number of heads that does not divide its stage's channels, or
+            `recompute_act` with a `proj_drop_rate`.
     """
 
     def __init__(
@@ -497,10 +527,13 @@ class CMT(nn.Module):
         drop_path_rate: float = 0.0,
         act_layer: LayerType = "gelu",
         norm_layer: LayerType | None = None,
+        recompute_act: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
+        if recompute_act and proj_drop_rate > 0.0:
+            raise ValueError(f"recompute_act leaves no place for proj_drop_rate {proj_drop_rate}; give one of the two")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -540,6 +573,9 @@ class CMT(nn.Module):
             in_dim = embed_dims[i]
             self.feature_info.append(dict(num_chs=in_dim, reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
+        for module in self.modules():
+            if isinstance(module, (Stem, InvertedResidualFFN)):
+                module.recompute = recompute_act
 
         self.num_features = self.head_hidden_size = HEAD_WIDTH
         self.conv_head = nn.Conv2d(in_dim, HEAD_WIDTH, 1, **dd)

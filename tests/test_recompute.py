@@ -1,0 +1,126 @@
+"""recompute_act: the gradients and statistics of plain training, from fewer saved activations."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+KWARGS = dict(img_size=64, num_classes=10, depths=(1, 1, 2, 1))
+
+
+def make(recompute: bool, seed: int = 0, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model("cmt_ti", recompute_act=recompute, **{**KWARGS, **kwargs}).train()
+
+
+def images(batch: int = 4) -> torch.Tensor:
+    return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def step(model: nn.Module, x: torch.Tensor, autocast: bool = False) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = nn.functional.cross_entropy(model(x), torch.arange(len(x)) % 10)
+    loss.backward()
+    return loss.detach()
+
+
+def assert_same_step(
+    plain: nn.Module, other: nn.Module, dtype=torch.float64, tolerance: float = 1e-9, **kwargs
+) -> None:
+    plain, other, x = plain.to(dtype), other.to(dtype), images().to(dtype)
+    torch.testing.assert_close(step(other, x, **kwargs), step(plain, x, **kwargs), rtol=tolerance, atol=0)
+    scale = max(param.grad.norm() for param in plain.parameters())
+    for (name, a), b in zip(other.named_parameters(), plain.parameters()):
+        assert a.grad is not None and a.grad.dtype == dtype, name
+        assert (a.grad - b.grad).norm() <= tolerance * (b.grad.norm() + 1e-3 * scale), name
+    for (name, a), b in zip(other.named_buffers(), plain.buffers()):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_loss_gradients_and_running_statistics_are_those_of_plain_training():
+    assert_same_step(make(False), make(True))
+
+
+def test_in_float32_to_rounding():
+    assert_same_step(make(False), make(True), torch.float32, 1e-4)
+
+
+def test_under_autocast():
+    assert_same_step(make(False), make(True), torch.float32, 0.05, autocast=True)
+
+
+def test_with_gradient_checkpointing_on_top():
+    plain, other = make(False), make(True)
+    for model in (plain, other):
+        model.set_grad_checkpointing()
+    assert_same_step(plain, other)
+
+
+def test_with_frozen_batchnorm_statistics():
+    plain, other = make(False), make(True)
+    for model in (plain, other):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+                module.running_mean.normal_(generator=torch.Generator().manual_seed(2))
+    assert_same_step(plain, other)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_running_statistics_are_updated_once_a_use(momentum):
+    plain, other = make(False), make(True)
+    for model in (plain, other):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = momentum
+        block = model.stages[2].blocks[0]
+        model.stages[2].blocks = nn.ModuleList([block, block])  # a block used twice
+    assert_same_step(plain, other)
+    assert int(other.stages[2].blocks[0].mlp.norm1.num_batches_tracked) == 2
+    assert int(other.stages[0].blocks[0].mlp.norm1.num_batches_tracked) == 1
+
+
+def test_compiled():
+    torch.compiler.reset()
+    plain, other = make(False), make(True)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    step(plain, images())
+    step(compiled, images())
+    for a, b in zip(other.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_and_averaged_copies_are_plain():
+    plain, other = make(False).eval(), make(True).eval()
+    with torch.no_grad():
+        assert torch.equal(plain(images()), other(images()))
+        assert torch.equal(plain(images()), copy.deepcopy(other)(images()))
+        torch.testing.assert_close(torch.jit.script(other)(images()), plain(images()))
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Bytes that a forward pass keeps for the backward pass, each storage once, parameters and buffers apart."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    saved = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(images()).sum()
+    del loss
+    return sum(saved.values())
+
+
+def test_a_third_less_is_kept():
+    assert saved_bytes(make(True)) < 0.67 * saved_bytes(make(False))
+
+
+def test_dropout_in_the_irffn_is_refused():
+    with pytest.raises(ValueError, match="recompute_act leaves no place for proj_drop_rate 0.1"):
+        make(True, proj_drop_rate=0.1)
