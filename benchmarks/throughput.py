@@ -1,0 +1,223 @@
+"""Images per second of the CMT models and of their peers in timm, in evaluation and in training.
+
+Every round times each run once, so that what else the machine does falls on all alike. Printed are medians over the
+rounds and, against the first model in the same mode (or the plain one, where it lacks that), the median and quartiles
+of the rounds' ratios.
+Run: python benchmarks/throughput.py [--models cmt_s deit_small_patch16_224 ...] [--modes eager reparam compile train]
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from timm_cmt.cmt import VARIANTS
+
+MODES = ["eager", "reparam", "compile", "train", "recompute"]
+AUTHORS = "authors:"  # before the name of a variant: the authors' code for it
+
+# ImageNet top-1 as others report it: the paper (CMT), and timm's results-imagenet.csv for weights trained on it alone.
+TOP1 = dict(
+    cmt_ti=79.2,
+    cmt_xs=81.8,
+    cmt_s=83.5,
+    cmt_b=84.5,
+    cmt_l=84.8,
+    deit_small_patch16_224=79.856,
+    regnety_040=79.246,
+    pvt_v2_b2=82.062,
+    swin_small_patch4_window7_224=83.228,
+    twins_svt_base=83.122,
+    efficientnet_b4=82.658,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(TOP1), help=f"timm's names; {AUTHORS}cmt_s is the authors'")
+    parser.add_argument("--modes", nargs="+", default=["eager", "reparam", "train"], choices=MODES)
+    parser.add_argument("--authors", type=Path, help="cmt.py of a clone of the authors' code, for their models")
+    parser.add_argument("--size", type=int, nargs="+", help="image sizes (default: each model's own)")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is by autocast")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument(
+        "--plot", type=Path, help="picture of accuracy, as reported, against measured images per second"
+    )
+    args = parser.parse_args()
+
+    keys = [
+        (model, mode, size, batch)
+        for model in args.models
+        for size in args.size or [None]
+        for batch in args.batch_size
+        for mode in args.modes
+        if mode in ("eager", "compile", "train") or model in VARIANTS
+    ]
+    runs = {key: make_run(*key, args) for key in tqdm(keys, desc="building", unit="run")}
+    seconds: dict[tuple, list[float]] = {key: [] for key in keys}
+    peaks: dict[tuple, float] = {}
+    for round_ in tqdm(range(args.rounds + 2), unit="round"):
+        for key, run in runs.items():
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            run()
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+                peaks[key] = torch.cuda.max_memory_allocated() / 2**20
+            if round_ >= 2:  # the first two warm up and compile
+                seconds[key].append(time.perf_counter() - start)
+
+    rows = []
+    for model, mode, size, batch in keys:
+        plain = "train" if mode == "recompute" else "eager"  # where the first model has no such mode
+        first = seconds.get((args.models[0], mode, size, batch)) or seconds[args.models[0], plain, size, batch]
+        own = seconds[model, mode, size, batch]
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(first, own)], n=4)
+        rows.append(
+            dict(
+                model=model,
+                mode=mode,
+                size=size or timm.get_pretrained_cfg(model.removeprefix(AUTHORS)).input_size[-1],
+                batch=batch,
+                images_per_second=round(batch / statistics.median(own), 2),
+                ratio=round(middle, 3),
+                quartiles=[round(low, 3), round(high, 3)],
+                peak_mb=round(peaks[model, mode, size, batch]) if peaks else None,
+            )
+        )
+    print(f"\n{args.device}, {args.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"medians of {args.rounds} rounds; ratios against {args.models[0]}\n")
+    print("| model | mode | size | batch | images/s | ratio | quartiles | peak MB |\n|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        low, high = row["quartiles"]
+        cells = [row["model"], row["mode"], row["size"], row["batch"], row["images_per_second"], f"{row['ratio']:.2f}"]
+        print("| " + " | ".join(map(str, [*cells, f"{low:.2f}-{high:.2f}", row["peak_mb"] or "-"])) + " |")
+    if args.json:
+        part = args.json.with_name(f"{args.json.name}.part")
+        part.write_text(json.dumps(dict(vars(args), torch=torch.__version__, rows=rows), default=str, indent=1) + "\n")
+        part.replace(args.json)
+    if args.plot:
+        draw(rows, args.plot)
+
+
+def make_run(name: str, mode: str, size: int | None, batch: int, args: argparse.Namespace) -> Callable[[], Tensor]:
+    """One evaluation of a batch, or one training step without the optimizer's."""
+    size = size or timm.get_pretrained_cfg(name.removeprefix(AUTHORS)).input_size[-1]
+    torch.manual_seed(0)
+    model = make_model(name, size, mode, args.authors).to(args.device)
+    x = torch.randn(batch, 3, size, size, device=args.device)
+    if args.channels_last:
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    autocast = partial(torch.autocast, args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
+    if mode in ("train", "recompute"):
+        model.train()
+
+        def run() -> Tensor:
+            model.zero_grad()
+            with autocast():
+                loss = nn.functional.cross_entropy(model(x), torch.zeros(batch, dtype=torch.int64, device=args.device))
+            loss.backward()
+            return loss.detach()
+
+        return run
+    model.eval()
+    if mode in ("reparam", "compile") and not name.startswith(AUTHORS):
+        model = reparameterize_model(model)
+    if mode == "compile":
+        model = torch.compile(model)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        with autocast():
+            return model(x)
+
+    return run
+
+
+def make_model(name: str, size: int, mode: str, authors: Path | None) -> nn.Module:
+    if name.startswith(AUTHORS):
+        variant = VARIANTS[name.removeprefix(AUTHORS)]
+        return load_authors(authors).CMT(
+            img_size=size,
+            num_classes=1000,
+            qkv_bias=True,
+            qk_ratio=1,
+            stem_channel=variant["stem_width"],
+            embed_dims=list(variant["embed_dims"]),
+            num_heads=[1, 2, 4, 8],
+            depths=list(variant["depths"]),
+            mlp_ratios=[variant["mlp_ratio"]] * 4,
+            sr_ratios=[8, 4, 2, 1],
+        )
+    kwargs = dict(img_size=size) if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    if mode == "recompute":
+        kwargs["recompute_act"] = True
+    return timm.create_model(name, **kwargs)
+
+
+def load_authors(path: Path | None) -> object:
+    """The authors' module, with timm's registry as it was: theirs would replace our names in it."""
+    if path is None:
+        sys.exit(f"throughput.py: error: {AUTHORS}... needs --authors PATH/TO/cmt.py")
+    if "authors_cmt" not in sys.modules:
+        registry = sys.modules["timm.models._registry"]
+        names = [name for name, value in vars(registry).items() if isinstance(value, (dict, set))]
+        before = {name: getattr(registry, name).copy() for name in names if not name.startswith("__")}
+        spec = importlib.util.spec_from_file_location("authors_cmt", path)
+        sys.modules["authors_cmt"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["authors_cmt"])
+        for name, contents in before.items():
+            getattr(registry, name).clear()
+            getattr(registry, name).update(contents)
+    return sys.modules["authors_cmt"]
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Accuracy, as others report it, against measured images per second, of the first size and batch in each mode."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    modes = [mode for mode in ("eager", "reparam", "compile") if any(row["mode"] == mode for row in rows)]
+    for mode, marker in zip(modes, "o^s"):
+        shown = [row for row in rows if row["mode"] == mode and row["model"] in TOP1]
+        axes.scatter(
+            [row["images_per_second"] for row in shown],
+            [TOP1[row["model"]] for row in shown],
+            c=["C3" if row["model"] in VARIANTS else "C0" for row in shown],
+            marker=marker,
+            label=mode,
+        )
+        for row in shown:
+            if mode == "eager":
+                point = (row["images_per_second"], TOP1[row["model"]])
+                name = row["model"].removesuffix("_patch16_224").removesuffix("_patch4_window7_224")
+                axes.annotate(name, point, xytext=(4, -10), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("images per second, measured")
+    axes.set_ylabel("ImageNet top-1 in %, as reported")
+    axes.legend()
+    part = path.with_name(f"{path.name}.part")
+    figure.savefig(part, format="png", dpi=110)
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    main()
