@@ -100,26 +100,30 @@ def fold_shortcut(conv: nn.Conv2d) -> None:
     conv.weight[:, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] += 1
 
 
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()  # not every device has float64
+
+
 def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm in evaluation multiplies each channel by and adds to it, in float64."""
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    return scale, norm.bias.double() - norm.running_mean.double() * scale
+    """What a BatchNorm in evaluation multiplies each channel by and adds to it."""
+    scale = _exact(norm.weight) / (_exact(norm.running_var) + norm.eps).sqrt()
+    return scale, _exact(norm.bias) - _exact(norm.running_mean) * scale
 
 
 @torch.no_grad()
 def fold_norm_into_conv_before(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """conv(x) becomes norm(conv(x))."""
     scale, shift = _scale_and_shift(norm)
-    conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
-    conv.bias.copy_(conv.bias.double() * scale + shift)
+    conv.weight.copy_(_exact(conv.weight) * scale[:, None, None, None])
+    conv.bias.copy_(_exact(conv.bias) * scale + shift)
 
 
 @torch.no_grad()
 def fold_norm_into_conv_after(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
     """conv(x) becomes conv(norm(x)), for a convolution with one group and without padding."""
     scale, shift = _scale_and_shift(norm)
-    weight = conv.weight.double()
-    conv.bias.copy_(conv.bias.double() + weight.sum((2, 3)) @ shift)
+    weight = _exact(conv.weight)
+    conv.bias.copy_(_exact(conv.bias) + weight.sum((2, 3)) @ shift)
     conv.weight.copy_(weight * scale[:, None, None])
 
 
