@@ -23,16 +23,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_cmt.cmt import VARIANTS
+from timm_cmt.hub import TOP1 as CMT_TOP1
 
 MODES = ["eager", "reparam", "compile", "train", "recompute"]
 AUTHORS = "authors:"  # before the name of a variant: the authors' code for it
 
 # ImageNet top-1 as others report it: the paper (CMT), and timm's results-imagenet.csv for weights trained on it alone.
 TOP1 = dict(
-    cmt_ti=79.2,
-    cmt_xs=81.8,
-    cmt_s=83.5,
-    cmt_b=84.5,
+    **CMT_TOP1,
     cmt_l=84.8,
     deit_small_patch16_224=79.856,
     regnety_040=79.246,

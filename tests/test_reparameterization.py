@@ -90,7 +90,7 @@ def test_a_folded_checkpoint_is_no_checkpoint_of_the_model():
         reparameterize_model(model).load_state_dict(model.state_dict())
 
 
-def test_half_precision_folds_in_higher():
+def test_half_precision_loses_little_more_by_folding():
     model = make("cmt_ti").bfloat16()
     folded = reparameterize_model(model)
     with torch.no_grad():

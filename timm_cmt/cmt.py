@@ -56,6 +56,7 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices  # timm exports it nowhere; its own models import it from here
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
 
 from .checkpoint import (
     Geometry,
@@ -100,31 +101,18 @@ def fold_shortcut(conv: nn.Conv2d) -> None:
     conv.weight[:, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] += 1
 
 
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().double()  # not every device has float64
-
-
-def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm in evaluation multiplies each channel by and adds to it."""
-    scale = _exact(norm.weight) / (_exact(norm.running_var) + norm.eps).sqrt()
-    return scale, _exact(norm.bias) - _exact(norm.running_mean) * scale
-
-
-@torch.no_grad()
 def fold_norm_into_conv_before(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """conv(x) becomes norm(conv(x))."""
-    scale, shift = _scale_and_shift(norm)
-    conv.weight.copy_(_exact(conv.weight) * scale[:, None, None, None])
-    conv.bias.copy_(_exact(conv.bias) * scale + shift)
+    """conv(x) becomes norm(conv(x)), of the norm in evaluation."""
+    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
 
 
 @torch.no_grad()
 def fold_norm_into_conv_after(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
-    """conv(x) becomes conv(norm(x)), for a convolution with one group and without padding."""
-    scale, shift = _scale_and_shift(norm)
-    weight = _exact(conv.weight)
-    conv.bias.copy_(_exact(conv.bias) + weight.sum((2, 3)) @ shift)
-    conv.weight.copy_(weight * scale[:, None, None])
+    """conv(x) becomes conv(norm(x)), of the norm in evaluation; the convolution has one group and no padding."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    conv.bias += conv.weight.sum((2, 3)) @ (norm.bias - norm.running_mean * scale)
+    conv.weight *= scale[:, None, None]
 
 
 def can_recompute(x: Tensor, modules: tuple[nn.Module, ...]) -> bool:
@@ -161,9 +149,9 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = check_size(x)  # here, not in CMT.forward: timm's feature extractors take the model apart
         x = self.conv1(x)
-        if not torch.jit.is_scripting():
+        if self.recompute and self.training and not torch.jit.is_scripting():
             modules = self.act1, self.norm1, self.conv2, self.act2, self.norm2, self.conv3
-            if self.recompute and self.training and can_recompute(x, modules):
+            if can_recompute(x, modules):
                 x = gelu_norm_conv(x, self.norm1, self.conv2)
                 x = gelu_norm_conv(x, self.norm2, self.conv3)
                 return self.norm3(self.act3(x))
@@ -339,9 +327,9 @@ class InvertedResidualFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
-        if not torch.jit.is_scripting():
+        if self.recompute and self.training and not torch.jit.is_scripting():
             modules = self.act1, self.norm1, self.dwconv, self.act2, self.norm2, self.conv2
-            if self.recompute and self.training and can_recompute(x, modules):
+            if can_recompute(x, modules):
                 x = gelu_norm_conv(x, self.norm1, self.dwconv, shortcut=True)
                 x = gelu_norm_conv(x, self.norm2, self.conv2)
                 return self.norm3(x)

@@ -6,15 +6,9 @@
 
 All but the backbone is torchvision's, and what its detectors take and return stands in its documentation. The heads are
 those that the paper's figures fit: a pyramid of 256 channels without normalisation, for RetinaNet P3 to P7 with P6 made
-from the last stage, for Mask R-CNN P2 to P6 with P6 subsampled from P5. With CMT-S, 80 classes and the background, on
-1280 x 800 pixels:
-
-                parameters  paper   multiply-adds  paper   with attention's products
-    RetinaNet   34.57 M     34.6 M  229.9 G        231 G   302.6 G
-    Mask R-CNN  44.47 M     44.5 M  248.1 G        249 G   320.8 G
-
-Counted are convolutions and linear layers, with 1000 proposals in the box head and 100 in the mask head. The paper's
-figures cannot hold the two matrix products of attention, 72.7 G, which counters that watch layers do not see.
+from the last stage, for Mask R-CNN P2 to P6 with P6 subsampled from P5. tests/test_detection.py counts both, with CMT-S
+on 1280 x 800 pixels. The paper's multiply-adds cannot hold the two matrix products of attention, which counters that
+watch layers do not see.
 
 The position bias is resized to each new image size, for 1280 x 800 pixels to 480 MB in float32.
 """

@@ -15,9 +15,8 @@ def gelu_norm_conv(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d, shortcut: b
     The running statistics are updated as `norm` would. The gradients are those of the modules, to rounding; there are
     no second ones. Hooks on `norm` and `conv` are not called.
     """
-    batch_statistics = norm.training or norm.running_mean is None
     momentum = norm.momentum
-    if norm.training and norm.num_batches_tracked is not None:
+    if norm.training:
         norm.num_batches_tracked.add_(1)
         if momentum is None:  # a cumulative average
             momentum = 1.0 / float(norm.num_batches_tracked)
@@ -29,8 +28,8 @@ def gelu_norm_conv(x: Tensor, norm: nn.BatchNorm2d, conv: nn.Conv2d, shortcut: b
         conv.bias,
         norm.running_mean,
         norm.running_var,
-        batch_statistics,
-        momentum or 0.0,
+        norm.training,
+        momentum or 0.0,  # of a cumulative average, in evaluation
         norm.eps,
         (conv.stride, conv.padding, conv.dilation, conv.groups),
         shortcut,
@@ -46,8 +45,8 @@ class _GeluNormConv(torch.autograd.Function):
         norm_bias: Tensor,
         conv_weight: Tensor,
         conv_bias: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
         batch_statistics: bool,
         momentum: float,
         eps: float,

@@ -42,7 +42,7 @@ def resize_rel_pos_bias(
     Raises:
         ValueError: `bias` does not have the shape that the grids say.
     """
-    heads, queries, keys = bias.shape
+    queries, keys = bias.shape[1:]
     if queries != query_grid[0] * query_grid[1] or keys != key_grid[0] * key_grid[1]:
         raise ValueError(
             f"a bias of {queries} queries and {keys} keys does not lie on a query grid of "
@@ -51,23 +51,18 @@ def resize_rel_pos_bias(
         )
     if query_grid == new_query_grid and key_grid == new_key_grid:
         return bias
+    grid = [query_grid[0], query_grid[1], key_grid[0], key_grid[1]]
+    new_grid = [new_query_grid[0], new_query_grid[1], new_key_grid[0], new_key_grid[1]]
     if not torch.jit.is_scripting():  # which knows no such question
         if bias.device.type != "meta" and torch.is_autocast_enabled(bias.device.type):  # there is none on "meta"
             with torch.autocast(bias.device.type, enabled=False):
-                return _resize_axes(bias, query_grid, key_grid, new_query_grid, new_key_grid)
-    return _resize_axes(bias, query_grid, key_grid, new_query_grid, new_key_grid)
+                return _resize_axes(bias, grid, new_grid)
+    return _resize_axes(bias, grid, new_grid)
 
 
-def _resize_axes(
-    bias: Tensor,
-    query_grid: tuple[int, int],
-    key_grid: tuple[int, int],
-    new_query_grid: tuple[int, int],
-    new_key_grid: tuple[int, int],
-) -> Tensor:
-    out = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    out = out.reshape(bias.shape[0], query_grid[0], query_grid[1], key_grid[0], key_grid[1])
-    for i, size in enumerate([new_query_grid[0], new_query_grid[1], new_key_grid[0], new_key_grid[1]]):
+def _resize_axes(bias: Tensor, grid: list[int], new_grid: list[int]) -> Tensor:
+    out = bias.to(torch.promote_types(bias.dtype, torch.float32)).reshape([bias.shape[0]] + grid)
+    for i, size in enumerate(new_grid):
         # The last axis comes last, whose product needs no copy to be contiguous: the others are small until then.
         out = (out.transpose(i + 1, -1) @ _bicubic_weights(out.shape[i + 1], size, out)).transpose(i + 1, -1)
     return out.flatten(3).flatten(1, 2).to(bias.dtype)
