@@ -66,8 +66,8 @@ from .checkpoint import (
     refuse_misfit,
     refuse_other_network,
 )
-from .recompute import gelu_norm_conv
-from .rel_pos_bias import RelPosBias
+from .fused import ChannelsLastGELU, can_fuse, gelu_norm_conv, to_channels_last
+from .rel_pos_bias import RelPosBias, is_plain_tensor
 from .weights import RELEASE_URL, ensure_whole, get_hub_id
 
 __all__ = ["CMT"]
@@ -115,11 +115,21 @@ def fold_norm_into_conv_after(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
     conv.weight *= scale[:, None, None]
 
 
-def can_recompute(x: Tensor, modules: tuple[nn.Module, ...]) -> bool:
-    """Can `gelu_norm_conv` stand in for these modules? Not for what has replaced them (SyncBatchNorm, adapters)."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Tensor):  # FX has proxies
-        return False
-    return tuple(map(type, modules)) == (GELU, nn.BatchNorm2d, nn.Conv2d) * 2
+class HeadNorm(nn.BatchNorm2d):
+    """The BatchNorm after the head's 1 x 1 convolution."""
+
+    def __init__(self, conv: nn.Conv2d, device=None, dtype=None):
+        super().__init__(conv.out_channels, device=device, dtype=dtype)
+        self._conv = (conv,)  # in a tuple, so that it is registered with the model alone
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Fold into the convolution, for inference; timm's reparameterize_model puts in place of this what comes back.
+
+        It asks the parts of a model alone, never the model, which holds both.
+        """
+        fold_norm_into_conv_before(self._conv[0], self)
+        return nn.Identity()
 
 
 class Stem(nn.Module):
@@ -148,10 +158,12 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = check_size(x)  # here, not in CMT.forward: timm's feature extractors take the model apart
-        x = self.conv1(x)
-        if self.recompute and self.training and not torch.jit.is_scripting():
-            modules = self.act1, self.norm1, self.conv2, self.act2, self.norm2, self.conv3
-            if can_recompute(x, modules):
+        # LayerNorm2d and attention want channels-last memory, in which depth-wise convolutions are faster too. Again
+        # after the convolution, since images of one channel do not tell it their layout.
+        x = to_channels_last(self.conv1(to_channels_last(x)))
+        if not torch.jit.is_scripting():
+            modules = self.conv1, self.act1, self.norm1, self.conv2, self.act2, self.norm2, self.conv3
+            if can_fuse(x, modules, self.recompute and self.training):
                 x = gelu_norm_conv(x, self.norm1, self.conv2)
                 x = gelu_norm_conv(x, self.norm2, self.conv3)
                 return self.norm3(self.act3(x))
@@ -204,13 +216,44 @@ class LocalPerceptionUnit(nn.Module):
 @register_notrace_function
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_p: float, fused: bool) -> Tensor:
     """softmax(q k^T * scale + bias) v: [B, heads, N, d], [B, heads, M, d] twice, [heads, N, M] -> [B, heads, N, d]."""
-    # On the CPU no fused kernel gives the bias a gradient, and what SDPA falls back to is slower than the formula.
-    # Nor in a trace, whose check repeats it without gradients and wants the same operations.
-    if fused and not (bias.requires_grad and bias.device.type == "cpu") and not torch.jit.is_tracing():
+    # On the CPU the fused kernel gives the bias no gradient, and what SDPA falls back to is slower than the formula, as
+    # that kernel itself is in bfloat16. A trace's check repeats it without gradients and wants the same operations.
+    slow = bias.device.type == "cpu" and (bias.requires_grad or q.dtype == torch.bfloat16)
+    if fused and not slow and not torch.jit.is_tracing():
         # Four dimensions: with a mask of three the CPU's fused kernel is left out too.
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=dropout_p, scale=scale)
-    attn = (q * scale) @ k.transpose(-2, -1) + bias
+    attn = (q * scale) @ k.transpose(-2, -1)
+    attn += bias
     return F.dropout(attn.softmax(dim=-1), dropout_p) @ v
+
+
+class TokenLinear(nn.Linear):
+    """nn.Linear of tokens, [B, N, in_features] -> [B, N, out_features]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+            plain = is_plain_tensor(x) and is_plain_tensor(self.weight)
+            if plain and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+                # As a convolution it is oneDNN's: the product of MKL in float32 is half as fast on AMD's processors.
+                # Both are laid out channels-last, in which tokens are a map as they lie.
+                weight = self.weight[:, None, None].permute(0, 3, 1, 2)
+                return F.conv2d(x[:, None].permute(0, 3, 1, 2), weight, self.bias).flatten(2).transpose(1, 2)
+        return F.linear(x, self.weight, self.bias)
+
+
+class Reduction(nn.Conv2d):
+    """The depth-wise convolution of kernel and stride k that reduces keys and values k-fold on each side (eq. 2)."""
+
+    def __init__(self, dim: int, k: int, device=None, dtype=None):
+        super().__init__(dim, dim, k, stride=k, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and torch.is_grad_enabled() and isinstance(x, Tensor) and x.is_cpu:
+            if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")):
+                # In float32, which costs little: the CPU's gradient of this convolution in bfloat16 is 10 times slower.
+                with torch.autocast("cpu", enabled=False):
+                    return self._conv_forward(x.float(), self.weight.float(), self.bias.float()).to(x.dtype)
+        return self._conv_forward(x, self.weight, self.bias)
 
 
 class LightweightAttention(nn.Module):
@@ -252,16 +295,16 @@ class LightweightAttention(nn.Module):
         self.scale = self.head_dim**-0.5
         self.fused_attn = use_fused_attn()
 
-        self.q = nn.Linear(dim, dim, **dd)
+        self.q = TokenLinear(dim, dim, **dd)
         if sr_ratio > 1:
-            self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio, groups=dim, **dd)
+            self.sr = Reduction(dim, sr_ratio, **dd)
             self.sr_norm = nn.BatchNorm2d(dim, **dd)
         else:
             self.sr = nn.Identity()
             self.sr_norm = nn.Identity()
-        self.kv = nn.Linear(dim, 2 * dim, **dd)
+        self.kv = TokenLinear(dim, 2 * dim, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = TokenLinear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -327,10 +370,10 @@ class InvertedResidualFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
-        if self.recompute and self.training and not torch.jit.is_scripting():
-            modules = self.act1, self.norm1, self.dwconv, self.act2, self.norm2, self.conv2
-            if can_recompute(x, modules):
-                x = gelu_norm_conv(x, self.norm1, self.dwconv, shortcut=True)
+        if not torch.jit.is_scripting():
+            modules = self.conv1, self.act1, self.norm1, self.dwconv, self.act2, self.norm2, self.conv2
+            if can_fuse(x, modules, self.recompute and self.training):
+                x = gelu_norm_conv(x, self.norm1, self.dwconv, self.has_shortcut)
                 x = gelu_norm_conv(x, self.norm2, self.conv2)
                 return self.norm3(x)
         x = self.drop1(self.norm1(self.act1(x)))
@@ -492,9 +535,9 @@ class CMT(nn.Module):
         norm_layer: The normalisation of [B, C, H, W] maps in blocks and patch aggregation; paper: LayerNorm, whose eps
             is 1e-6 in the blocks and 1e-5 in the patch aggregation.
         recompute_act: In eager training, keep two tensors of the IRFFN's hidden width for its backward pass rather than
-            six (and fewer in the stem), and compute the others anew: less memory for some time, without a second run of
-            any convolution.
-            Hooks on the modules in between are not called, and there are no second gradients.
+            six (and fewer in the stem), and compute the others anew: half the memory, without a second run of any
+            convolution. Blocks with hooks on these layers, or others in their place, train as without it. There are no
+            second gradients.
 
     Raises:
         ValueError: An image size under 32, a number of heads that does not divide its stage's channels, or
@@ -533,6 +576,8 @@ class CMT(nn.Module):
         # Forward takes any size, although timm and its scripts build the model for the one they are asked for.
         self._traits = {"fixed_input_size": False}
         act_layer = get_act_layer(act_layer)
+        if act_layer in (GELU, nn.GELU):
+            act_layer = ChannelsLastGELU
         block_norm = get_norm_layer(norm_layer) or partial(LayerNorm2d, eps=1e-6)
         downsample_norm = get_norm_layer(norm_layer) or partial(LayerNorm2d, eps=1e-5)
 
@@ -571,7 +616,7 @@ class CMT(nn.Module):
 
         self.num_features = self.head_hidden_size = HEAD_WIDTH
         self.conv_head = nn.Conv2d(in_dim, HEAD_WIDTH, 1, **dd)
-        self.norm_head = nn.BatchNorm2d(HEAD_WIDTH, **dd)
+        self.norm_head = HeadNorm(self.conv_head, **dd)
         self.act_head = nn.SiLU()
         self.global_pool, self.head = create_classifier(HEAD_WIDTH, num_classes, pool_type=global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)

@@ -159,7 +159,7 @@ class RelPosBias(nn.Module):
                 return self._resize(weight, height, width)
             # Into ONNX goes, as a constant, what has been resized before, with no interpolation.
             weight = weight.detach()
-        if weight.requires_grad or torch.compiler.is_compiling() or not _is_plain(weight):
+        if weight.requires_grad or torch.compiler.is_compiling() or not is_plain_tensor(weight):
             return self._resize(weight, height, width)
         size, held = (height, width), self._resized
         with torch.inference_mode(False), torch.no_grad():  # training may use what is kept, so no inference tensors
@@ -246,11 +246,13 @@ def _resize_checkpoint(module: RelPosBias, state_dict: dict[str, Any], prefix: s
         _logger.info("Resized %sweight from a grid of %s to one of %s tokens", prefix, size, module.query_size)
 
 
-def _is_plain(weight: Tensor) -> bool:
-    """A tensor whose values can be read: no fake, functorch or distributed one."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(weight):  # vmap and the like; no public name tells
+def is_plain_tensor(x: Any) -> bool:
+    """A tensor whose values can be read: no fake, functorch, distributed or dual one, and no proxy of FX."""
+    if type(x) not in (Tensor, nn.Parameter) or x.device.type == "meta":
         return False
-    return type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta"
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # vmap and the like; no public name tells
+        return False
+    return torch.autograd.forward_ad.unpack_dual(x).tangent is None
 
 
 def _version(weight: Tensor) -> int:
