@@ -1,17 +1,24 @@
-"""What a training step keeps for its backward pass: plain, with recompute_act, and with timm's gradient checkpointing.
+"""What a training step takes: plain, with recompute_act, and with timm's gradient checkpointing.
 
+Kept is what a forward pass holds for its backward pass. The peak is that of a process of its own (on CUDA: of the
+device) in its second step, over what was there before: the first step has made gradients and caches.
 Run: python benchmarks/memory.py [--models authors:cmt_s cmt_s ...] [--authors path/to/cmt.py] [--batch-size 2]
 """
 
 import argparse
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import timm
 import torch
 from throughput import AUTHORS, make_model
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from timm_cmt.cmt import VARIANTS
+
+WAYS = ["plain", "recompute_act", "checkpointing"]
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
@@ -31,25 +38,53 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(saved.values())
 
 
+def measure(name: str, way: str, authors: Path | None, batch: int, device: str) -> tuple[float, float]:
+    """MB kept, and MB of the peak."""
+    size = timm.get_pretrained_cfg(name.removeprefix(AUTHORS)).input_size[-1]
+    model = make_model(name, size, "recompute" if way == "recompute_act" else "train", authors).to(device).train()
+    if way == "checkpointing":
+        model.set_grad_checkpointing()
+    x = torch.randn(batch, 3, size, size, device=device)
+    kept = saved_bytes(model, x)
+    model(x).sum().backward()
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is resident
+        before = read_status("VmRSS")
+        model(x).sum().backward()
+        peak = read_status("VmHWM") - before
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(x).sum().backward()
+        peak = torch.cuda.max_memory_allocated() - before
+    return kept / 2**20, peak / 2**20
+
+
+def read_status(key: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=[*VARIANTS, "deit_small_patch16_224"])
     parser.add_argument("--authors", type=Path, help="cmt.py of a clone of the authors' code, for their models")
     parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    print(f"MB, batch {args.batch_size}, float32, torch {torch.__version__}\n")
-    print("| model | plain | recompute_act | checkpointing |\n|---|---|---|---|")
+    keys = [(name, way) for name in args.models for way in (WAYS if name in VARIANTS else WAYS[:1])]
+    figures = {}
+    for name, way in tqdm(keys, unit="model"):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            figures[name, way] = fresh.submit(measure, name, way, args.authors, args.batch_size, args.device).result()
+
+    print(f"\nMB kept / MB at the peak, batch {args.batch_size}, float32, {args.device}, torch {torch.__version__}\n")
+    print(f"| model | {' | '.join(WAYS)} |\n|---|---|---|---|")
     for name in args.models:
-        size = timm.get_pretrained_cfg(name.removeprefix(AUTHORS)).input_size[-1]
-        x = torch.randn(args.batch_size, 3, size, size)
-        models = [make_model(name, size, "train", args.authors)]
-        if name in VARIANTS:
-            models.append(make_model(name, size, "recompute", args.authors))
-            models.append(make_model(name, size, "train", args.authors))
-            models[-1].set_grad_checkpointing()
-        cells = [f"{saved_bytes(model.train(), x) / 2**20:.0f}" for model in models]
-        print(f"| {name} | {' | '.join((cells + ['-', '-'])[:3])} |")
+        cells = ["{:.0f} / {:.0f}".format(*figures[name, way]) if (name, way) in figures else "-" for way in WAYS]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

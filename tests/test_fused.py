@@ -73,6 +73,16 @@ def test_training_statistics_move_once_without_gradients():
     assert all(int(m.num_batches_tracked) == 1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
+def test_dropout_that_is_on_in_evaluation_drops():
+    model = make(proj_drop_rate=0.5)
+    with torch.no_grad():
+        assert torch.equal(model(images()), model(images()))
+        for stage in model.stages:
+            for block in stage.blocks:
+                block.mlp.drop1.train()
+        assert not torch.equal(model(images()), model(images()))
+
+
 def test_the_images_are_left_alone():
     x = images().contiguous(memory_format=torch.channels_last)
     before = x.clone()

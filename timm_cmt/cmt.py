@@ -371,11 +371,11 @@ class InvertedResidualFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         if not torch.jit.is_scripting():
-            modules = self.conv1, self.act1, self.norm1, self.dwconv, self.act2, self.norm2, self.conv2
+            modules = self.conv1, self.act1, self.norm1, self.drop1, self.dwconv, self.act2, self.norm2, self.conv2
             if can_fuse(x, modules, self.recompute and self.training):
                 x = gelu_norm_conv(x, self.norm1, self.dwconv, self.has_shortcut)
                 x = gelu_norm_conv(x, self.norm2, self.conv2)
-                return self.norm3(x)
+                return self.drop2(self.norm3(x))
         x = self.drop1(self.norm1(self.act1(x)))
         x = self.norm2(self.act2(self.dwconv(x) + x if self.has_shortcut else self.dwconv(x)))
         x = self.drop2(self.norm3(self.conv2(x)))

@@ -45,7 +45,7 @@ def _is_plain(module: nn.Module) -> bool:
     """Is the module one of torch's layers that nothing (hooks, adapters, offloading, quantization) has been put on?"""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return (
-        type(module) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.Identity, ChannelsLastGELU)
+        type(module) in (nn.Conv2d, nn.BatchNorm2d, nn.Dropout, nn.Identity, ChannelsLastGELU)
         and not any(hooks)
         and not any(_GLOBAL_HOOKS)
         and "forward" not in module.__dict__
@@ -58,6 +58,8 @@ def can_fuse(x: Tensor, modules: tuple[nn.Module, ...], recompute: bool) -> bool
     Without gradients on the CPU, where new memory costs more than GELU or BatchNorm; with them if `recompute`.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain_tensor(x):
+        return False
+    if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in modules):
         return False
     if not torch.is_grad_enabled():
         if x.device.type != "cpu" or any(isinstance(module, nn.BatchNorm2d) and module.training for module in modules):
