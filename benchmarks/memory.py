@@ -1,7 +1,7 @@
 """What a training step takes: plain, with recompute_act, and with timm's gradient checkpointing.
 
-Kept is what a forward pass holds for its backward pass. The peak is that of a process of its own (on CUDA: of the
-device) in its second step, over what was there before: the first step has made gradients and caches.
+Kept is what a forward pass holds for its backward pass. The peak is that of the first step of a process of its own (on
+CUDA: of the device) over what was there before, and so has the gradients in it.
 Run: python benchmarks/memory.py [--models authors:cmt_s cmt_s ...] [--authors path/to/cmt.py] [--batch-size 2]
 """
 
@@ -45,8 +45,6 @@ def measure(name: str, way: str, authors: Path | None, batch: int, device: str) 
     if way == "checkpointing":
         model.set_grad_checkpointing()
     x = torch.randn(batch, 3, size, size, device=device)
-    kept = saved_bytes(model, x)
-    model(x).sum().backward()
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is resident
         before = read_status("VmRSS")
@@ -57,7 +55,7 @@ def measure(name: str, way: str, authors: Path | None, batch: int, device: str) 
         before = torch.cuda.memory_allocated()
         model(x).sum().backward()
         peak = torch.cuda.max_memory_allocated() - before
-    return kept / 2**20, peak / 2**20
+    return saved_bytes(model, x) / 2**20, peak / 2**20
 
 
 def read_status(key: str) -> int:
