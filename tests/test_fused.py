@@ -116,8 +116,9 @@ def test_gelu_is_gelu():
 def test_the_product_of_tokens_is_that_of_linear(batch, dtype):
     torch.manual_seed(0)
     layer = TokenLinear(12, 20).to(dtype)
-    x = torch.randn(batch, 7, 12, dtype=dtype, requires_grad=True)
-    out, expected = layer(x), F.linear(x, layer.weight, layer.bias)
+    x = torch.randn(batch, 1, 7, 12, dtype=dtype).permute(0, 3, 1, 2).requires_grad_()
+    tokens = x.flatten(2).transpose(1, 2)  # of a batch of one, its strides tell convolutions nothing
+    out, expected = layer(tokens), F.linear(tokens, layer.weight, layer.bias)
     torch.testing.assert_close(out, expected)
     assert out.stride()[1:] == expected.stride()[1:]  # attention's fused kernel wants a token's channels side by side
     weights = torch.randn_like(out)
@@ -156,3 +157,45 @@ def test_forward_mode_derivatives_without_backward_ones():
             out = forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent
         expected = (model(x + 1e-6 * tangent) - model(x - 1e-6 * tangent)) / 2e-6
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["stem.act1", "stages.0.blocks.0.mlp.act1", "stages.0.blocks.0.mlp.act2"])
+def test_an_activation_that_is_taken_out_is_out(name):
+    model = make()
+    model.set_submodule(name, nn.Identity())
+    expected = model(images()).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), expected)
+
+
+def test_batchnorm_without_running_statistics():
+    model = make()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+    expected = model(images()).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), expected)
+
+
+@pytest.mark.parametrize("name", ["stem.norm1.weight", "stages.0.rel_pos_bias.weight"])
+def test_vmap_over_one_parameter(name):
+    model = make().bfloat16()
+    param, x = model.get_parameter(name).detach(), images().bfloat16()
+    with torch.no_grad():
+        run = torch.func.vmap(lambda value: torch.func.functional_call(model, {name: value}, (x,)))
+        out = run(torch.stack([param, param + 1]))
+        assert not torch.equal(out[0], out[1])
+        torch.testing.assert_close(out[0], model(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_trace_with_gradients_in_bfloat16_passes_its_check(autocast):
+    model, x = (make(), images()) if autocast else (make().bfloat16(), images().bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
+        torch.jit.trace(model, x)
+
+
+def test_no_images():
+    with torch.no_grad():
+        assert make()(images()[:0]).shape == (0, 10)

@@ -115,23 +115,6 @@ def fold_norm_into_conv_after(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
     conv.weight *= scale[:, None, None]
 
 
-class HeadNorm(nn.BatchNorm2d):
-    """The BatchNorm after the head's 1 x 1 convolution."""
-
-    def __init__(self, conv: nn.Conv2d, device=None, dtype=None):
-        super().__init__(conv.out_channels, device=device, dtype=dtype)
-        self._conv = (conv,)  # in a tuple, so that it is registered with the model alone
-
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """Fold into the convolution, for inference; timm's reparameterize_model puts in place of this what comes back.
-
-        It asks the parts of a model alone, never the model, which holds both.
-        """
-        fold_norm_into_conv_before(self._conv[0], self)
-        return nn.Identity()
-
-
 class Stem(nn.Module):
     """Three 3 x 3 convolutions, the first of stride 2, each followed by GELU, then BatchNorm (section 3.1).
 
@@ -162,8 +145,9 @@ class Stem(nn.Module):
         # after the convolution, since images of one channel do not tell it their layout.
         x = to_channels_last(self.conv1(to_channels_last(x)))
         if not torch.jit.is_scripting():
-            modules = self.conv1, self.act1, self.norm1, self.conv2, self.act2, self.norm2, self.conv3
-            if can_fuse(x, modules, self.recompute and self.training):
+            convs, norms = (self.conv1, self.conv2, self.conv3), (self.norm1, self.norm2)
+            recompute = self.recompute and self.training
+            if can_fuse(x, convs, (self.act1, self.act2), norms, recompute=recompute):
                 x = gelu_norm_conv(x, self.norm1, self.conv2)
                 x = gelu_norm_conv(x, self.norm2, self.conv3)
                 return self.norm3(self.act3(x))
@@ -222,8 +206,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_
     if fused and not slow and not torch.jit.is_tracing():
         # Four dimensions: with a mask of three the CPU's fused kernel is left out too.
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=dropout_p, scale=scale)
-    attn = (q * scale) @ k.transpose(-2, -1)
-    attn += bias
+    attn = (q * scale) @ k.transpose(-2, -1) + bias
     return F.dropout(attn.softmax(dim=-1), dropout_p) @ v
 
 
@@ -248,8 +231,9 @@ class Reduction(nn.Conv2d):
         super().__init__(dim, dim, k, stride=k, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and torch.is_grad_enabled() and isinstance(x, Tensor) and x.is_cpu:
-            if x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")):
+        if not torch.jit.is_scripting() and not torch.jit.is_tracing() and isinstance(x, Tensor):  # FX has proxies
+            in_bfloat16 = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"))
+            if in_bfloat16 and x.is_cpu and torch.is_grad_enabled():
                 # In float32, which costs little: the CPU's gradient of this convolution in bfloat16 is 10 times slower.
                 with torch.autocast("cpu", enabled=False):
                     return self._conv_forward(x.float(), self.weight.float(), self.bias.float()).to(x.dtype)
@@ -313,7 +297,8 @@ class LightweightAttention(nn.Module):
         q = q.reshape(B, H * W, self.num_heads, self.head_dim).transpose(1, 2)  # [B, heads, N, d]
         x = self.sr_norm(self.sr(x))  # [B, C, H // k, W // k]
         kv = self.kv(x.flatten(2).transpose(1, 2))  # [B, M, 2 * C]
-        k, v = kv.reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, M, d]
+        kv = kv.reshape(B, kv.shape[1], 2, self.num_heads, self.head_dim)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, M, d]
 
         dropout_p = self.attn_drop.p if self.training else 0.0
         x = attend(q, k, v, bias.to(q.dtype), self.scale, dropout_p, self.fused_attn)  # [B, heads, N, d]
@@ -371,8 +356,9 @@ class InvertedResidualFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         if not torch.jit.is_scripting():
-            modules = self.conv1, self.act1, self.norm1, self.drop1, self.dwconv, self.act2, self.norm2, self.conv2
-            if can_fuse(x, modules, self.recompute and self.training):
+            convs, norms = (self.conv1, self.dwconv, self.conv2), (self.norm1, self.norm2)
+            recompute = self.recompute and self.training
+            if can_fuse(x, convs, (self.act1, self.act2), norms, (self.drop1,), recompute):
                 x = gelu_norm_conv(x, self.norm1, self.dwconv, self.has_shortcut)
                 x = gelu_norm_conv(x, self.norm2, self.conv2)
                 return self.drop2(self.norm3(x))
@@ -616,7 +602,7 @@ class CMT(nn.Module):
 
         self.num_features = self.head_hidden_size = HEAD_WIDTH
         self.conv_head = nn.Conv2d(in_dim, HEAD_WIDTH, 1, **dd)
-        self.norm_head = HeadNorm(self.conv_head, **dd)
+        self.norm_head = nn.BatchNorm2d(HEAD_WIDTH, **dd)
         self.act_head = nn.SiLU()
         self.global_pool, self.head = create_classifier(HEAD_WIDTH, num_classes, pool_type=global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)

@@ -41,32 +41,43 @@ def _gelu(x: Tensor) -> Tensor:
     return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Is the module one of torch's layers that nothing (hooks, adapters, offloading, quantization) has been put on?"""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return (
-        type(module) in (nn.Conv2d, nn.BatchNorm2d, nn.Dropout, nn.Identity, ChannelsLastGELU)
-        and not any(hooks)
-        and not any(_GLOBAL_HOOKS)
-        and "forward" not in module.__dict__
-    )
+def can_fuse(
+    x: Tensor,
+    convs: tuple[nn.Module, ...],
+    acts: tuple[nn.Module, ...],
+    norms: tuple[nn.Module, ...],
+    drops: tuple[nn.Module, ...] = (),
+    recompute: bool = False,
+) -> bool:
+    """Can `gelu_norm_conv` stand in for these modules? x is what the first of the convolutions has made.
 
-
-def can_fuse(x: Tensor, modules: tuple[nn.Module, ...], recompute: bool) -> bool:
-    """Can `gelu_norm_conv` stand in for these modules, the first of which made x?
-
-    Without gradients on the CPU, where new memory costs more than GELU or BatchNorm; with them if `recompute`.
+    Without gradients on the CPU, where new memory costs more than GELU or BatchNorm; with them if `recompute`. Never
+    for what has replaced them (adapters, SyncBatchNorm), or where hooks want to be called.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain_tensor(x):
         return False
-    if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in modules):
+    grad = torch.is_grad_enabled()
+    if not recompute if grad else x.device.type != "cpu":
         return False
-    if not torch.is_grad_enabled():
-        if x.device.type != "cpu" or any(isinstance(module, nn.BatchNorm2d) and module.training for module in modules):
+    for norm in norms:
+        if type(norm) is nn.BatchNorm2d:
+            tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+            if (norm.training and not grad) or not all(map(is_plain_tensor, tensors)):
+                return False
+        elif grad or type(norm) is not nn.Identity:  # which is there where it has been folded
             return False
-    elif not recompute or any(isinstance(module, nn.Identity) for module in modules):
-        return False
-    return any(isinstance(module, ChannelsLastGELU) for module in modules) and all(map(_is_plain, modules))
+    return (
+        all(type(conv) is nn.Conv2d for conv in convs)
+        and all(type(act) is ChannelsLastGELU for act in acts)
+        and all(type(drop) is nn.Dropout and not (drop.training and drop.p > 0) for drop in drops)
+        and not any(_GLOBAL_HOOKS)
+        and not any(map(_wants_a_call, (*convs, *acts, *norms, *drops)))
+    )
+
+
+def _wants_a_call(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__  # as offloading replaces it
 
 
 def gelu_norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d, shortcut: bool = False) -> Tensor:
