@@ -108,3 +108,26 @@ def test_a_third_less_is_kept():
 def test_dropout_in_the_irffn_is_refused():
     with pytest.raises(ValueError, match="recompute_act leaves no place for proj_drop_rate 0.1"):
         make(True, proj_drop_rate=0.1)
+
+
+def train_in_parallel(rank: int, init: str, out: str) -> None:
+    """One step of DistributedDataParallel, plain and recomputing, of this process's half of the images."""
+    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    steps = []
+    for recompute in (False, True):
+        model = nn.parallel.DistributedDataParallel(make(recompute).double())
+        step(model, images(8)[4 * rank : 4 * rank + 4].double())
+        steps.append([param.grad for param in model.parameters()] + [buffer.clone() for buffer in model.buffers()])
+    torch.save(steps, f"{out}.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_in_distributed_data_parallel(tmp_path):
+    torch.multiprocessing.spawn(train_in_parallel, (f"file://{tmp_path}/init", str(tmp_path / "step")), nprocs=2)
+    ranks = [torch.load(tmp_path / f"step.{rank}") for rank in (0, 1)]
+    for plain, other in ranks:
+        for a, b in zip(other, plain):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    count = sum(1 for _ in make(False).parameters())
+    for a, b in zip(ranks[0][1][:count], ranks[1][1][:count]):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)  # averaged over both
