@@ -2,7 +2,8 @@
 
 Every round times each run once, so that what else the machine does falls on all alike. Printed are medians over the
 rounds and, against the first model in the same mode (or the plain one, where it lacks that), the median and quartiles
-of the rounds' ratios.
+of the rounds' ratios. With --authors, a CMT has the weights of the authors' model, and its outputs are compared with
+theirs.
 Run: python benchmarks/throughput.py [--models cmt_s deit_small_patch16_224 ...] [--modes eager reparam compile train]
 """
 
@@ -26,6 +27,7 @@ from timm_cmt.cmt import VARIANTS
 from timm_cmt.hub import TOP1 as CMT_TOP1
 
 MODES = ["eager", "reparam", "compile", "train", "recompute"]
+DTYPES = ["float32", "bfloat16"]
 AUTHORS = "authors:"  # before the name of a variant: the authors' code for it
 
 # ImageNet top-1 as others report it: the paper (CMT), and timm's results-imagenet.csv for weights trained on it alone.
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--authors", type=Path, help="cmt.py of a clone of the authors' code, for their models")
     parser.add_argument("--size", type=int, nargs="+", help="image sizes (default: each model's own)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is by autocast")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="bfloat16 is by autocast")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cpu")
@@ -59,7 +61,8 @@ def main() -> None:
     args = parser.parse_args()
 
     keys = [
-        (model, mode, size, batch)
+        (model, mode, dtype, size, batch)
+        for dtype in args.dtype
         for model in args.models
         for size in args.size or [None]
         for batch in args.batch_size
@@ -83,30 +86,35 @@ def main() -> None:
                 seconds[key].append(time.perf_counter() - start)
 
     rows = []
-    for model, mode, size, batch in keys:
+    for key in keys:
+        model, mode, dtype, size, batch = key
         plain = "train" if mode == "recompute" else "eager"  # where the first model has no such mode
-        first = seconds.get((args.models[0], mode, size, batch)) or seconds[args.models[0], plain, size, batch]
-        own = seconds[model, mode, size, batch]
+        where = dtype, size, batch
+        first = seconds.get((args.models[0], mode, *where)) or seconds[args.models[0], plain, *where]
+        own = seconds[key]
         low, middle, high = statistics.quantiles([a / b for a, b in zip(first, own)], n=4)
         rows.append(
             dict(
                 model=model,
                 mode=mode,
+                dtype=dtype,
                 size=size or timm.get_pretrained_cfg(model.removeprefix(AUTHORS)).input_size[-1],
                 batch=batch,
                 images_per_second=round(batch / statistics.median(own), 2),
                 ratio=round(middle, 3),
                 quartiles=[round(low, 3), round(high, 3)],
-                peak_mb=round(peaks[model, mode, size, batch]) if peaks else None,
+                peak_mb=round(peaks[key]) if peaks else None,
             )
         )
-    print(f"\n{args.device}, {args.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"\n{args.device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"medians of {args.rounds} rounds; ratios against {args.models[0]}\n")
-    print("| model | mode | size | batch | images/s | ratio | quartiles | peak MB |\n|---|---|---|---|---|---|---|---|")
+    print("| model | mode | dtype | size | batch | images/s | ratio | quartiles | peak MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         low, high = row["quartiles"]
-        cells = [row["model"], row["mode"], row["size"], row["batch"], row["images_per_second"], f"{row['ratio']:.2f}"]
-        print("| " + " | ".join(map(str, [*cells, f"{low:.2f}-{high:.2f}", row["peak_mb"] or "-"])) + " |")
+        cells = [row[name] for name in ("model", "mode", "dtype", "size", "batch", "images_per_second")]
+        cells += [f"{row['ratio']:.2f}", f"{low:.2f}-{high:.2f}", row["peak_mb"] or "-"]
+        print(f"| {' | '.join(map(str, cells))} |")
     if args.json:
         part = args.json.with_name(f"{args.json.name}.part")
         part.write_text(json.dumps(dict(vars(args), torch=torch.__version__, rows=rows), default=str, indent=1) + "\n")
@@ -115,7 +123,9 @@ def main() -> None:
         draw(rows, args.plot)
 
 
-def make_run(name: str, mode: str, size: int | None, batch: int, args: argparse.Namespace) -> Callable[[], Tensor]:
+def make_run(
+    name: str, mode: str, dtype: str, size: int | None, batch: int, args: argparse.Namespace
+) -> Callable[[], Tensor]:
     """One evaluation of a batch, or one training step without the optimizer's."""
     size = size or timm.get_pretrained_cfg(name.removeprefix(AUTHORS)).input_size[-1]
     torch.manual_seed(0)
@@ -123,7 +133,7 @@ def make_run(name: str, mode: str, size: int | None, batch: int, args: argparse.
     x = torch.randn(batch, 3, size, size, device=args.device)
     if args.channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    autocast = partial(torch.autocast, args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
+    autocast = partial(torch.autocast, args.device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
     if mode in ("train", "recompute"):
         model.train()
 
@@ -167,7 +177,22 @@ def make_model(name: str, size: int, mode: str, authors: Path | None) -> nn.Modu
     kwargs = dict(img_size=size) if timm.get_pretrained_cfg(name).fixed_input_size else {}
     if mode == "recompute":
         kwargs["recompute_act"] = True
-    return timm.create_model(name, **kwargs)
+    model = timm.create_model(name, **kwargs)
+    if authors is not None and name in VARIANTS:
+        take_weights(model, make_model(f"{AUTHORS}{name}", size, mode, authors), size)
+    return model
+
+
+@torch.no_grad()
+def take_weights(model: nn.Module, theirs: nn.Module, size: int) -> None:
+    """Load the authors' weights, and make sure that both models compute the same."""
+    model.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, size, size)
+    expected, actual = theirs.eval()(x), model.eval()(x)
+    model.train()
+    error = ((actual - expected).abs().max() / expected.abs().max()).item()
+    if not error < 1e-4:
+        sys.exit(f"throughput.py: error: the outputs differ from the authors' by {error:.1e} of the largest")
 
 
 def load_authors(path: Path | None) -> object:
@@ -188,9 +213,11 @@ def load_authors(path: Path | None) -> object:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Accuracy, as others report it, against measured images per second, of the first size and batch in each mode."""
+    """Accuracy, as others report it, against measured images per second, of the first size, batch and type in each mode."""
     from matplotlib.figure import Figure
 
+    first = {(row["mode"], row["model"]): row for row in reversed(rows)}
+    rows = list(first.values())
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
     modes = [mode for mode in ("eager", "reparam", "compile") if any(row["mode"] == mode for row in rows)]

@@ -9,6 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import nn
 
+from timm_cmt import cmt
 from timm_cmt.cmt import Reduction, TokenLinear
 from timm_cmt.fused import ChannelsLastGELU
 
@@ -113,7 +114,9 @@ def test_gelu_is_gelu():
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_product_of_tokens_is_that_of_linear(batch, dtype):
+@pytest.mark.parametrize("onednn", [False, True])
+def test_the_product_of_tokens_is_that_of_linear(batch, dtype, onednn, monkeypatch):
+    monkeypatch.setattr(cmt, "ONEDNN_OVER_MKL", onednn)  # which is the processor's to say
     torch.manual_seed(0)
     layer = TokenLinear(12, 20).to(dtype)
     x = torch.randn(batch, 1, 7, 12, dtype=dtype).permute(0, 3, 1, 2).requires_grad_()
