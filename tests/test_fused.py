@@ -116,6 +116,8 @@ def test_gelu_is_gelu():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("onednn", [False, True])
 def test_the_product_of_tokens_is_that_of_linear(batch, dtype, onednn, monkeypatch):
+    if onednn and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("NOT TESTED: oneDNN's products in bfloat16; run this on a processor with AVX-512")
     monkeypatch.setattr(cmt, "ONEDNN_OVER_MKL", onednn)  # which is the processor's to say
     torch.manual_seed(0)
     layer = TokenLinear(12, 20).to(dtype)

@@ -52,10 +52,46 @@ def test_under_autocast():
     assert_same_step(make(False), make(True), torch.float32, 0.05, autocast=True)
 
 
-def test_with_gradient_checkpointing_on_top():
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("momentum", [None, 0.1])
+def test_gradient_checkpointing_moves_the_statistics_once_a_step(recompute, momentum):
+    plain, other = make(False), make(recompute)
+    other.set_grad_checkpointing()
+    for model in (plain, other):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = momentum
+    for _ in range(2):
+        assert_same_step(plain, other)
+    norm = other.stages[0].blocks[0].mlp.norm3
+    assert int(norm.num_batches_tracked) == 2 and norm.momentum == momentum
+
+
+def test_gradient_checkpointing_compiled_moves_the_statistics_once_a_step():
+    torch.compiler.reset()
+    plain, other = make(False), make(False)
+    other.set_grad_checkpointing()
+    step(plain, images())
+    step(torch.compile(other, backend="aot_eager"), images())
+    for (name, a), b in zip(other.named_buffers(), plain.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_statistics_that_are_switched_off_stay():
     plain, other = make(False), make(True)
     for model in (plain, other):
-        model.set_grad_checkpointing()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats = False  # as for a second view of the images
+    assert_same_step(plain, other)
+    assert int(other.stem.norm1.num_batches_tracked) == 0
+
+
+def test_convolutions_that_were_changed():
+    plain, other = make(False), make(True)
+    for model in (plain, other):
+        model.stages[0].blocks[0].mlp.dwconv.padding_mode = "circular"
+        model.stages[1].blocks[0].mlp.dwconv.bias = None
     assert_same_step(plain, other)
 
 

@@ -66,7 +66,14 @@ from .checkpoint import (
     refuse_misfit,
     refuse_other_network,
 )
-from .fused import ChannelsLastGELU, can_fuse, gelu_norm_conv, to_channels_last
+from .fused import (
+    ChannelsLastGELU,
+    can_fuse,
+    conv_in_float32,
+    gelu_norm_conv,
+    statistics_kept,
+    to_channels_last,
+)
 from .rel_pos_bias import RelPosBias, is_plain_tensor
 from .weights import RELEASE_URL, ensure_whole, get_hub_id
 
@@ -206,6 +213,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_
     # On the CPU the fused kernel gives the bias no gradient, and what SDPA falls back to is slower than the formula, as
     # that kernel itself is in bfloat16. A trace's check repeats it without gradients and wants the same operations.
     slow = bias.device.type == "cpu" and (bias.requires_grad or q.dtype == torch.bfloat16)
+    # CUDA's fused kernels that take a bias want 16 bytes at a time of each head, which 46, 52 and 76 channels in half
+    # precision are not; what SDPA falls back to computes in float32.
+    slow = slow or (bias.device.type == "cuda" and q.shape[-1] * q.element_size() % 16 != 0)
     if fused and not slow and not torch.jit.is_tracing():
         # Four dimensions: with a mask of three the CPU's fused kernel is left out too.
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=dropout_p, scale=scale)
@@ -238,6 +248,8 @@ class Reduction(nn.Conv2d):
             if in_bfloat16 and x.is_cpu and torch.is_grad_enabled():
                 # In float32, which costs little: the CPU's gradient of this convolution in bfloat16 is 10 times slower.
                 with torch.autocast("cpu", enabled=False):
+                    if not torch.compiler.is_compiling() and is_plain_tensor(x) and is_plain_tensor(self.weight):
+                        return conv_in_float32(x, self)
                     return self._conv_forward(x.float(), self.weight.float(), self.bias.float()).to(x.dtype)
         return self._conv_forward(x, self.weight, self.bias)
 
@@ -433,6 +445,19 @@ class Block(nn.Module):
         return x
 
 
+def _keep_statistics_once_run(block: Block) -> Callable[[Tensor, Tensor], Tensor]:
+    """The block for `checkpoint`: its second run, in the backward pass, leaves BatchNorm's statistics as they are."""
+    has_run = False
+
+    def run(x: Tensor, bias: Tensor) -> Tensor:
+        nonlocal has_run
+        with statistics_kept(block) if has_run else nullcontext():
+            has_run = True
+            return block(x, bias)
+
+    return run
+
+
 class Stage(nn.Module):
     """Patch aggregation, then the stage's blocks, which share one relative position bias.
 
@@ -492,7 +517,7 @@ class Stage(nn.Module):
         bias = self.rel_pos_bias(x.shape[2], x.shape[3])
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, bias)
+                x = checkpoint(block if torch.compiler.is_compiling() else _keep_statistics_once_run(block), x, bias)
             else:
                 x = block(x, bias)
         return x

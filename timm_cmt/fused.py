@@ -1,5 +1,7 @@
 """GELU, BatchNorm and convolution as one step: in place in inference, from fewer saved activations in training."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,14 @@ from .rel_pos_bias import is_plain_tensor
 
 _GLOBAL_HOOKS = _global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks
 
-__all__ = ["ChannelsLastGELU", "can_fuse", "gelu_norm_conv", "to_channels_last"]
+__all__ = [
+    "ChannelsLastGELU",
+    "can_fuse",
+    "conv_in_float32",
+    "gelu_norm_conv",
+    "statistics_kept",
+    "to_channels_last",
+]
 
 
 class ChannelsLastGELU(nn.GELU):
@@ -39,6 +48,20 @@ def to_channels_last(x: Tensor) -> Tensor:
 def _gelu(x: Tensor) -> Tensor:
     # The CPU's fast GELU, oneDNN's, takes contiguous tensors alone; what else it has needs two to three times as long.
     return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Run the BatchNorms in a module without a mark on their running statistics, for a forward pass done over."""
+    norms = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def can_fuse(
@@ -62,12 +85,12 @@ def can_fuse(
     for norm in norms:
         if type(norm) is nn.BatchNorm2d:
             tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
-            if (norm.training and not grad) or not all(map(is_plain_tensor, tensors)):
+            if not all(map(is_plain_tensor, tensors)) or (norm.training and not (grad and norm.track_running_stats)):
                 return False
         elif grad or type(norm) is not nn.Identity:  # which is there where it has been folded
             return False
     return (
-        all(type(conv) is nn.Conv2d for conv in convs)
+        all(type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and conv.bias is not None for conv in convs)
         and all(type(act) is ChannelsLastGELU for act in acts)
         and all(type(drop) is nn.Dropout and not (drop.training and drop.p > 0) for drop in drops)
         and not any(_GLOBAL_HOOKS)
@@ -90,7 +113,7 @@ def gelu_norm_conv(x: Tensor, norm: nn.Module, conv: nn.Conv2d, shortcut: bool =
     if not torch.is_grad_enabled():
         return _infer(x, norm, conv, shortcut)
     momentum = norm.momentum
-    if norm.training:
+    if norm.training and norm.num_batches_tracked is not None:  # as `statistics_kept` leaves it
         norm.num_batches_tracked.add_(1)
         if momentum is None:  # a cumulative average
             momentum = 1.0 / float(norm.num_batches_tracked)
@@ -153,22 +176,14 @@ class _GeluNormConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, conv_weight, mean, invstd = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
         activated = _gelu(x)
         variance = invstd.square().reciprocal()
         y = F.batch_norm(activated, mean, variance, norm_weight, norm_bias, training=False, eps=0.0)
-        grad_y, grad_conv_weight, grad_conv_bias = torch.ops.aten.convolution_backward(
+        grad_y, grad_conv_weight, grad_conv_bias = _convolution_backward(
             grad_out.to(x.dtype),  # under autocast in another precision than the parameters
             y,
             conv_weight.to(x.dtype),
-            [conv_weight.shape[0]],
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            groups,
-            [True, True, True],
+            ctx.geometry,
         )
         del y
         if ctx.shortcut:
@@ -196,3 +211,31 @@ class _GeluNormConv(torch.autograd.Function):
             grad_conv_bias.to(conv_weight.dtype),
             *[None] * 7,
         )
+
+
+def conv_in_float32(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """conv(x) in float32, forward and backward, whatever the precision of x, which is kept and returned as it is."""
+    return _Float32Conv.apply(x, conv.weight, conv.bias, (conv.stride, conv.padding, conv.dilation, conv.groups))
+
+
+class _Float32Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = geometry
+        return F.conv2d(x.float(), weight.float(), bias.float(), *geometry).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grads = _convolution_backward(grad_out.float(), x.float(), weight.float(), ctx.geometry)
+        return grads[0].to(x.dtype), grads[1].to(weight.dtype), grads[2].to(weight.dtype), None
+
+
+def _convolution_backward(grad_out: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The gradients of x, of the weight, and of a bias."""
+    stride, padding, dilation, groups = geometry
+    sizes = [weight.shape[0]]
+    return torch.ops.aten.convolution_backward(
+        grad_out, x, weight, sizes, stride, padding, dilation, False, [0, 0], groups, [True, True, True]
+    )
