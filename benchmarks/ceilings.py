@@ -3,7 +3,7 @@
 The floor is the sum over the operators of the larger of two times: multiply-adds over the speed of a large matrix
 product or 1 x 1 convolution, whichever is faster, and bytes over the speed of a copy. Bytes are what an operator reads
 and writes, as if nothing stayed in the cache between two; torch's counter does not see the products inside the CPU's
-fused attention. The operators' times are those of torch's profiler, of one call.
+fused attention. The operators' times are those of torch's profiler, of one call, and copies their share of all.
 Run: python benchmarks/ceilings.py [--models cmt_s deit_small_patch16_224] [--dtype bfloat16] [--batch-size 8]
 """
 
@@ -30,11 +30,14 @@ class OperatorCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if not func.is_view and func.namespace == "aten":
-            tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)}
             count = flop_registry.get(func.overloadpacket)
             macs = count(*args, **(kwargs or {}), out_val=out) / 2 if count else 0.0
-            self.operators.append((macs, sum(x.numel() * x.element_size() for x in tensors.values())))
+            self.operators.append((macs, count_bytes((args, kwargs)) + count_bytes(out)))  # in place both count
         return out
+
+
+def count_bytes(tree: object) -> int:
+    return sum({id(leaf): leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}.values())
 
 
 def timed(call: Callable[[], object], rounds: int, device: str) -> float:
@@ -55,7 +58,8 @@ def operator_seconds(call: Callable[[], object], device: str) -> dict[str, float
         for _ in range(5):
             call()
     kind = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
-    return {event.key: getattr(event, kind) / 5e6 for event in profiled.key_averages()}
+    host = torch.autograd.DeviceType.CPU  # its operators have the time of their kernels, which stand there too
+    return {event.key: getattr(event, kind) / 5e6 for event in profiled.key_averages() if event.device_type == host}
 
 
 @torch.no_grad()  # in inference mode a TorchDispatchMode sees operators before they are taken apart
@@ -111,6 +115,8 @@ def main() -> None:
     for operator in sorted(operators, key=lambda operator: -max(p.get(operator, 0) for p in profiles.values()))[:14]:
         print(f"| {operator} | {' | '.join(f'{1e3 * p.get(operator, 0):.1f}' for p in profiles.values())} |")
     print(f"| all | {' | '.join(f'{1e3 * sum(p.values()):.1f}' for p in profiles.values())} |")
+    shares = (profile.get("aten::copy_", 0) / sum(profile.values()) for profile in profiles.values())
+    print(f"| copies | {' | '.join(f'{share:.1%}' for share in shares)} |")
 
 
 if __name__ == "__main__":

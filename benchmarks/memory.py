@@ -8,11 +8,12 @@ Run: python benchmarks/memory.py [--models authors:cmt_s cmt_s ...] [--authors p
 import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from throughput import AUTHORS, make_model
+from throughput import AUTHORS, DTYPES, describe, make_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,24 +39,34 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(saved.values())
 
 
-def measure(name: str, way: str, authors: Path | None, batch: int, device: str) -> tuple[float, float]:
+def measure(name: str, way: str, authors: Path | None, batch: int, dtype: str, device: str) -> tuple[float, float]:
     """MB kept, and MB of the peak."""
     size = timm.get_pretrained_cfg(name.removeprefix(AUTHORS)).input_size[-1]
+    # Not with the authors' weights: making their model, too, would leave memory to be used again.
+    authors = authors if name.startswith(AUTHORS) else None
     model = make_model(name, size, "recompute" if way == "recompute_act" else "train", authors).to(device).train()
     if way == "checkpointing":
         model.set_grad_checkpointing()
     x = torch.randn(batch, 3, size, size, device=device)
+    autocast = partial(torch.autocast, device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def step() -> None:
+        with autocast():
+            loss = model(x).sum()
+        loss.backward()
+
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is resident
         before = read_status("VmRSS")
-        model(x).sum().backward()
+        step()
         peak = read_status("VmHWM") - before
     else:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model(x).sum().backward()
+        step()
         peak = torch.cuda.max_memory_allocated() - before
-    return saved_bytes(model, x) / 2**20, peak / 2**20
+    with autocast():
+        return saved_bytes(model, x) / 2**20, peak / 2**20
 
 
 def read_status(key: str) -> int:
@@ -69,16 +80,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=[*VARIANTS, "deit_small_patch16_224"])
     parser.add_argument("--authors", type=Path, help="cmt.py of a clone of the authors' code, for their models")
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="bfloat16 is by autocast")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
 
     keys = [(name, way) for name in args.models for way in (WAYS if name in VARIANTS else WAYS[:1])]
     figures = {}
     for name, way in tqdm(keys, unit="model"):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-            figures[name, way] = fresh.submit(measure, name, way, args.authors, args.batch_size, args.device).result()
+            arguments = name, way, args.authors, args.batch_size, args.dtype, args.device
+            figures[name, way] = fresh.submit(measure, *arguments).result()
 
-    print(f"\nMB kept / MB at the peak, batch {args.batch_size}, float32, {args.device}, torch {torch.__version__}\n")
+    print(f"\nMB kept / MB at the peak, batch {args.batch_size}, {args.dtype}, {describe(args.device)}\n")
     print(f"| model | {' | '.join(WAYS)} |\n|---|---|---|---|")
     for name in args.models:
         cells = ["{:.0f} / {:.0f}".format(*figures[name, way]) if (name, way) in figures else "-" for way in WAYS]

@@ -10,6 +10,8 @@ Run: python benchmarks/throughput.py [--models cmt_s deit_small_patch16_224 ...]
 import argparse
 import importlib.util
 import json
+import platform
+import re
 import statistics
 import sys
 import time
@@ -35,7 +37,7 @@ TOP1 = dict(
     **CMT_TOP1,
     cmt_l=84.8,
     deit_small_patch16_224=79.856,
-    regnety_040=79.246,
+    regnety_040=82.308,
     pvt_v2_b2=82.062,
     swin_small_patch4_window7_224=83.228,
     twins_svt_base=83.122,
@@ -52,8 +54,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="bfloat16 is by autocast")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=10, help="2 or more")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument(
         "--plot", type=Path, help="picture of accuracy, as reported, against measured images per second"
@@ -69,30 +71,40 @@ def main() -> None:
         for mode in args.modes
         if mode in ("eager", "compile", "train") or model in VARIANTS
     ]
+    if args.rounds < 2:
+        parser.error(f"{args.rounds} rounds have no quartiles; give 2 or more")
+    references = {key: find_reference(key, args.models[0], keys) for key in keys}
+    if None in references.values():
+        parser.error(f"{args.models[0]}, the first model, has none of these modes to compare with; add eager or train")
+    torch.backends.cudnn.benchmark = True  # as timm's scripts have it
+    torch._dynamo.config.recompile_limit = len(keys)  # or what comes after the eighth CMT runs as it is
     runs = {key: make_run(*key, args) for key in tqdm(keys, desc="building", unit="run")}
     seconds: dict[tuple, list[float]] = {key: [] for key in keys}
     peaks: dict[tuple, float] = {}
+    outputs: dict[tuple, Tensor] = {}
     for round_ in tqdm(range(args.rounds + 2), unit="round"):
         for key, run in runs.items():
             if args.device != "cpu":
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             start = time.perf_counter()
-            run()
+            out = run()
             if args.device != "cpu":
                 torch.cuda.synchronize()
-                peaks[key] = torch.cuda.max_memory_allocated() / 2**20
+                peaks[key] = (torch.cuda.max_memory_allocated() - before) / 2**20
             if round_ >= 2:  # the first two warm up and compile
                 seconds[key].append(time.perf_counter() - start)
+            elif round_ == 0:
+                outputs[key] = out.float().cpu()
+        if round_ == 0:
+            compare_outputs(outputs)
 
     rows = []
     for key in keys:
         model, mode, dtype, size, batch = key
-        plain = "train" if mode == "recompute" else "eager"  # where the first model has no such mode
-        where = dtype, size, batch
-        first = seconds.get((args.models[0], mode, *where)) or seconds[args.models[0], plain, *where]
         own = seconds[key]
-        low, middle, high = statistics.quantiles([a / b for a, b in zip(first, own)], n=4)
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds[references[key]], own)], n=4)
         rows.append(
             dict(
                 model=model,
@@ -106,7 +118,8 @@ def main() -> None:
                 peak_mb=round(peaks[key]) if peaks else None,
             )
         )
-    print(f"\n{args.device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    machine = describe(args.device)
+    print(f"\n{machine}, torch {torch.__version__}")
     print(f"medians of {args.rounds} rounds; ratios against {args.models[0]}\n")
     print("| model | mode | dtype | size | batch | images/s | ratio | quartiles | peak MB |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -117,10 +130,37 @@ def main() -> None:
         print(f"| {' | '.join(map(str, cells))} |")
     if args.json:
         part = args.json.with_name(f"{args.json.name}.part")
-        part.write_text(json.dumps(dict(vars(args), torch=torch.__version__, rows=rows), default=str, indent=1) + "\n")
+        result = dict(vars(args), machine=machine, torch=torch.__version__, rows=rows)
+        part.write_text(json.dumps(result, default=str, indent=1) + "\n")
         part.replace(args.json)
     if args.plot:
         draw(rows, args.plot)
+
+
+def find_reference(key: tuple, first_model: str, keys: list[tuple]) -> tuple | None:
+    """The run of the first model that a run is compared with: in its mode, or in the plain one."""
+    _, mode, *where = key
+    plain = "train" if mode in ("train", "recompute") else "eager"
+    return next((other for m in (mode, plain) if (other := (first_model, m, *where)) in keys), None)
+
+
+def compare_outputs(outputs: dict[tuple, Tensor]) -> None:
+    """Exit where a CMT that is timed beside the authors' model is off its logits, by the largest of them."""
+    for (model, mode, *where), actual in outputs.items():
+        expected = outputs.get((f"{AUTHORS}{model}", "eager", *where))
+        if expected is not None and mode not in ("train", "recompute"):
+            error = ((actual - expected).abs().max() / expected.abs().max()).item()
+            if not error < (1e-4 if where[0] == "float32" else 0.1):
+                sys.exit(f"throughput.py: error: {model}, {mode}, is off the authors' outputs by {error:.1e}")
+
+
+def describe(device: str) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.M)
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{name[1] if name else platform.machine()}, {instructions}, {torch.get_num_threads()} threads"
 
 
 def make_run(
@@ -128,9 +168,8 @@ def make_run(
 ) -> Callable[[], Tensor]:
     """One evaluation of a batch, or one training step without the optimizer's."""
     size = size or timm.get_pretrained_cfg(name.removeprefix(AUTHORS)).input_size[-1]
-    torch.manual_seed(0)
     model = make_model(name, size, mode, args.authors).to(args.device)
-    x = torch.randn(batch, 3, size, size, device=args.device)
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(args.device)
     if args.channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     autocast = partial(torch.autocast, args.device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
@@ -138,10 +177,10 @@ def make_run(
         model.train()
 
         def run() -> Tensor:
-            model.zero_grad()
             with autocast():
                 loss = nn.functional.cross_entropy(model(x), torch.zeros(batch, dtype=torch.int64, device=args.device))
             loss.backward()
+            model.zero_grad()
             return loss.detach()
 
         return run
@@ -149,7 +188,7 @@ def make_run(
     if mode in ("reparam", "compile") and not name.startswith(AUTHORS):
         model = reparameterize_model(model)
     if mode == "compile":
-        model = torch.compile(model)
+        model = torch.compile(model, dynamic=False)
 
     @torch.inference_mode()
     def run() -> Tensor:
@@ -160,6 +199,7 @@ def make_run(
 
 
 def make_model(name: str, size: int, mode: str, authors: Path | None) -> nn.Module:
+    torch.manual_seed(0)
     if name.startswith(AUTHORS):
         variant = VARIANTS[name.removeprefix(AUTHORS)]
         return load_authors(authors).CMT(
@@ -179,20 +219,8 @@ def make_model(name: str, size: int, mode: str, authors: Path | None) -> nn.Modu
         kwargs["recompute_act"] = True
     model = timm.create_model(name, **kwargs)
     if authors is not None and name in VARIANTS:
-        take_weights(model, make_model(f"{AUTHORS}{name}", size, mode, authors), size)
+        model.load_state_dict(make_model(f"{AUTHORS}{name}", size, mode, authors).state_dict())
     return model
-
-
-@torch.no_grad()
-def take_weights(model: nn.Module, theirs: nn.Module, size: int) -> None:
-    """Load the authors' weights, and make sure that both models compute the same."""
-    model.load_state_dict(theirs.state_dict())
-    x = torch.randn(1, 3, size, size)
-    expected, actual = theirs.eval()(x), model.eval()(x)
-    model.train()
-    error = ((actual - expected).abs().max() / expected.abs().max()).item()
-    if not error < 1e-4:
-        sys.exit(f"throughput.py: error: the outputs differ from the authors' by {error:.1e} of the largest")
 
 
 def load_authors(path: Path | None) -> object:
@@ -213,7 +241,7 @@ def load_authors(path: Path | None) -> object:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Accuracy, as others report it, against measured images per second, of the first size, batch and type in each mode."""
+    """Accuracy, as others report it, against measured images per second, of each mode's first size, batch and type."""
     from matplotlib.figure import Figure
 
     first = {(row["mode"], row["model"]): row for row in reversed(rows)}

@@ -230,7 +230,7 @@ class TokenLinear(nn.Linear):
         if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
             plain = is_plain_tensor(x) and is_plain_tensor(self.weight)
             if ONEDNN_OVER_MKL and plain and x.device.type == "cpu":
-                # As a convolution it is oneDNN's. Both are laid out channels-last, in which tokens are a map as they lie.
+                # As a convolution it is oneDNN's, of tensors laid out channels-last: tokens are such a map as they lie.
                 weight = self.weight[:, None, None].permute(0, 3, 1, 2)
                 return F.conv2d(x[:, None].permute(0, 3, 1, 2), weight, self.bias).flatten(2).transpose(1, 2)
         return F.linear(x, self.weight, self.bias)
