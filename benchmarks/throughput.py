@@ -77,7 +77,7 @@ def main() -> None:
     if None in references.values():
         parser.error(f"{args.models[0]}, the first model, has none of these modes to compare with; add eager or train")
     torch.backends.cudnn.benchmark = True  # as timm's scripts have it
-    torch._dynamo.config.recompile_limit = len(keys)  # or what comes after the eighth CMT runs as it is
+    torch._dynamo.config.cache_size_limit = len(keys)  # or what comes after the eighth CMT runs as it is
     runs = {key: make_run(*key, args) for key in tqdm(keys, desc="building", unit="run")}
     seconds: dict[tuple, list[float]] = {key: [] for key in keys}
     peaks: dict[tuple, float] = {}

@@ -85,8 +85,8 @@ register_notrace_module(RelPosBias)  # whether it resizes depends on the input's
 
 HEAD_WIDTH = 1280  # channels before the pooling
 MIN_SIZE = 32  # pixels: below it the last stage has no token
-# On AMD's processors MKL's products are half as fast as oneDNN's where there is AVX-512, and up to 1.4 times as fast where
-# there is none.
+# On AMD's processors MKL's products are half as fast as oneDNN's where there is AVX-512, and up to 1.4 times as fast
+# where there is none.
 ONEDNN_OVER_MKL = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
