@@ -3,13 +3,17 @@
 import functools
 import hashlib
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # several processes (pytest -n) and their children share the processors
+    threads = max((os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 PARITY = Path(__file__).parent / "parity"
 MODELS = ["cmt_ti", "cmt_xs", "cmt_s", "cmt_b", "cmt_l"]
@@ -60,12 +64,3 @@ def torch_home(tmp_path, monkeypatch):
     folder = tmp_path / "torch_home" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    """`timm-cmt demo`, run once as a user would (a minute or more): how it ended, and the folder it wrote."""
-    cwd = tmp_path_factory.mktemp("demo")
-    done = subprocess.run([sys.executable, "-m", "timm_cmt", "demo"], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done, cwd / "timm-cmt-demo"
