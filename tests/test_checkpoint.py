@@ -128,9 +128,9 @@ def test_other_classes_keep_everything_but_the_classifier():
     weights = authors_weights(TI)
     model = timm.create_model(TI, pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(state_dict=weights))
     assert model.head.weight.shape == (5, 1280)
-    assert torch.equal(model.conv_head.weight, weights["_fc.weight"])
+    assert torch.equal(model.conv_head.conv.weight, weights["_fc.weight"])
     model = timm.create_model(TI, pretrained=True, num_classes=0, pretrained_cfg_overlay=dict(state_dict=weights))
-    assert torch.equal(model.conv_head.weight, weights["_fc.weight"])
+    assert torch.equal(model.conv_head.conv.weight, weights["_fc.weight"])
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])
@@ -231,7 +231,7 @@ def test_missing_and_unexpected_entries_are_named_and_strict_false_takes_the_res
     weights = authors_weights(TI)
     del weights["_fc.weight"], weights["blocks_a.0.attn.v.weight"]
     message = refused(timm.create_model(TI), weights)
-    assert "conv_head.weight" in message and "strict=False" in message
+    assert "conv_head.conv.weight" in message and "strict=False" in message
     weights = authors_weights(TI) | {"aux.weight": torch.zeros(1)}
     assert "aux.weight" in refused(timm.create_model(TI), weights)
     model = timm.create_model(TI)

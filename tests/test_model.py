@@ -146,7 +146,7 @@ def test_layer_decay_gives_every_block_its_own_rate_and_the_head_the_full_one():
     blocks = [scale[f"stages.{i}.blocks.{j}.attn.q.weight"] for i in range(4) for j in range((2, 2, 10, 2)[i])]
     assert blocks == sorted(blocks) and len(set(blocks)) == 16
     assert scale["stem.conv1.weight"] < blocks[0]
-    assert scale["conv_head.weight"] == blocks[-1] < scale["head.weight"] == 1.0
+    assert scale["conv_head.conv.weight"] == blocks[-1] < scale["head.weight"] == 1.0
 
 
 def test_drop_path_rises_linearly_over_all_blocks():

@@ -55,7 +55,9 @@ def test_what_can_be_folded_is_folded():
     folded = reparameterize_model(model)
     blocks = [block for stage in folded.stages for block in stage.blocks]
     assert not any(block.lpu.has_shortcut or block.mlp.has_shortcut for block in blocks)
-    assert norms(folded) == norms(model) - 2 * len(blocks) - sum(len(stage.blocks) for stage in folded.stages[:3])
+    reductions = sum(len(stage.blocks) for stage in folded.stages[:3])
+    assert norms(folded) == norms(model) - 2 * len(blocks) - reductions - norms(model.conv_head)
+    assert norms(model.conv_head) == 1
     assert all(block.lpu.has_shortcut for stage in model.stages for block in stage.blocks)  # it is a copy
 
 

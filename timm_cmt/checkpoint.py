@@ -38,8 +38,8 @@ _AUTHORS_KEYS: list[tuple[str, str]] = [
     (r"blocks_{s}\.(\d+)\.mlp\.conv2\.0\.", r"stages.{s}.blocks.\1.mlp.conv2."),
     (r"blocks_{s}\.(\d+)\.mlp\.conv2\.1\.", r"stages.{s}.blocks.\1.mlp.norm3."),
     (r"blocks_{s}\.(\d+)\.(norm[12])\.", r"stages.{s}.blocks.\1.\2."),
-    (r"_fc\.", r"conv_head."),
-    (r"_bn\.", r"norm_head."),
+    (r"_fc\.", r"conv_head.conv."),
+    (r"_bn\.", r"conv_head.norm."),
     (r"head\.", r"head."),
 ]
 _RENAMES: list[tuple["re.Pattern[str]", str]] = [

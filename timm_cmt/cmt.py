@@ -523,6 +523,30 @@ class Stage(nn.Module):
         return x
 
 
+class ConvHead(nn.Module):
+    """A 1 x 1 convolution, BatchNorm and SiLU, before the pooling.
+
+    [B, C, H, W] -> [B, C_out, H, W]
+    """
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(in_dim, dim, 1, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the BatchNorm into the convolution before it, for inference."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            fold_norm_into_conv_before(self.conv, self.norm)
+            self.norm = nn.Identity()
+
+
 class CMT(nn.Module):
     """CMT (section 3): a convolutional stem, four stages of blocks at strides 4 to 32, a 1280-channel head.
 
@@ -628,9 +652,7 @@ class CMT(nn.Module):
                 module.recompute = recompute_act
 
         self.num_features = self.head_hidden_size = HEAD_WIDTH
-        self.conv_head = nn.Conv2d(in_dim, HEAD_WIDTH, 1, **dd)
-        self.norm_head = nn.BatchNorm2d(HEAD_WIDTH, **dd)
-        self.act_head = nn.SiLU()
+        self.conv_head = ConvHead(in_dim, HEAD_WIDTH, **dd)
         self.global_pool, self.head = create_classifier(HEAD_WIDTH, num_classes, pool_type=global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)
 
@@ -668,7 +690,7 @@ class CMT(nn.Module):
             else [
                 (r"^stages\.(\d+)\.(?:downsample|rel_pos_bias)", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^(?:conv|norm)_head", (99999,)),
+                (r"^conv_head", (99999,)),
             ],
         )
 
@@ -758,7 +780,7 @@ class CMT(nn.Module):
         if intermediates_only:
             return intermediates
         if feat_idx == len(self.stages):
-            x = self.act_head(self.norm_head(self.conv_head(x)))
+            x = self.conv_head(x)
         return x, intermediates
 
     def prune_intermediate_layers(
@@ -778,7 +800,7 @@ class CMT(nn.Module):
         prune_end = max_index < len(self.stages)
         self.stages = self.stages[:max_index]
         if prune_norm or prune_end:
-            self.conv_head, self.norm_head, self.act_head = nn.Identity(), nn.Identity(), nn.Identity()
+            self.conv_head = nn.Identity()
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
         if prune_head or prune_norm or prune_end:
             self.reset_classifier(0, "")
@@ -788,7 +810,7 @@ class CMT(nn.Module):
         """[B, in_chans, H, W] -> [B, 1280, H / 32, W / 32], after the head's 1 x 1 convolution."""
         x = self.stem(x)
         x = self.stages(x)
-        x = self.act_head(self.norm_head(self.conv_head(x)))
+        x = self.conv_head(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
