@@ -11,7 +11,7 @@ import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # several processes (pytest -n) and their children share the processors
-    threads = max((os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1)
+    threads = max(torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), 1)
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import MODELS
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 onnx = pytest.importorskip("onnx", reason="NOT TESTED: ONNX; pip install onnx onnxruntime onnxscript")
@@ -33,10 +34,12 @@ def infer(path: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, dict(x=x.numpy()))[0])
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_onnx_agrees_for_every_variant(name, tmp_path):
+@pytest.mark.parametrize(("name", "folded"), [*((name, False) for name in MODELS), ("cmt_ti", True)])
+def test_onnx_agrees_for_every_variant(name, folded, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=64, num_classes=10).eval()
+    if folded:
+        model = reparameterize_model(model)
     path = export(model, tmp_path / "model.onnx")
     x = torch.randn(3, 3, 64, 64)
     with torch.inference_mode():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_cmt import cmt
-from timm_cmt.cmt import Reduction, TokenLinear
+from timm_cmt.cmt import Reduction, TokenLinear, is_formula_faster
 from timm_cmt.fused import ChannelsLastGELU
 
 KWARGS = dict(img_size=64, num_classes=10, depths=(1, 1, 2, 1))
@@ -134,6 +134,17 @@ def test_the_product_of_tokens_is_that_of_linear(batch, dtype, onednn, monkeypat
         torch.testing.assert_close(actual, wanted)
 
 
+def test_attention_by_the_formula_is_for_what_the_fused_kernels_do_not_take():
+    half, full = torch.float16, torch.float32
+    head_dims = dict(cmt_ti=46, cmt_xs=52, cmt_s=64, cmt_b=76, cmt_l=88)
+    on_cuda = {name for name, dim in head_dims.items() if is_formula_faster("cuda", half, 2 * dim, True)}
+    assert on_cuda == {"cmt_ti", "cmt_xs", "cmt_b"}
+    assert [name for name, dim in head_dims.items() if is_formula_faster("cuda", full, 4 * dim, True)] == ["cmt_ti"]
+    assert not is_formula_faster("cpu", full, 4 * 46, bias_grad=False)
+    assert is_formula_faster("cpu", full, 4 * 64, bias_grad=True)
+    assert is_formula_faster("cpu", torch.bfloat16, 2 * 64, bias_grad=False)
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_the_reduction_in_bfloat16_is_the_convolution_s(autocast):
     torch.manual_seed(0)
@@ -164,6 +175,25 @@ def test_forward_mode_derivatives_without_backward_ones():
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_forward_mode_derivative_of_a_convolution_alone():
+    model = make().double()
+    name = "stages.0.blocks.0.mlp.dwconv.weight"
+    weight = model.get_parameter(name).detach()
+    tangent = torch.randn_like(weight)
+
+    def run(value: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, {name: value}, (images().double(),))
+
+    for stage in model.stages:
+        for block in stage.blocks:
+            block.attn.fused_attn = False
+    with torch.no_grad():
+        with forward_ad.dual_level():
+            out = forward_ad.unpack_dual(run(forward_ad.make_dual(weight, tangent))).tangent
+        expected = (run(weight + 1e-6 * tangent) - run(weight - 1e-6 * tangent)) / 2e-6
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["stem.act1", "stages.0.blocks.0.mlp.act1", "stages.0.blocks.0.mlp.act2"])
 def test_an_activation_that_is_taken_out_is_out(name):
     model = make()
@@ -183,11 +213,17 @@ def test_batchnorm_without_running_statistics():
         torch.testing.assert_close(model(images()), expected)
 
 
-@pytest.mark.parametrize("name", ["stem.norm1.weight", "stages.0.rel_pos_bias.weight"])
-def test_vmap_over_one_parameter(name):
-    model = make().bfloat16()
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "name", ["stem.norm1.weight", "stages.0.rel_pos_bias.weight", "stages.0.blocks.0.mlp.dwconv.weight", "head.weight"]
+)
+def test_vmap_over_one_parameter(name, recompute):
+    model = make(recompute_act=recompute).train(recompute).bfloat16()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # whose statistics cannot move under vmap
     param, x = model.get_parameter(name).detach(), images().bfloat16()
-    with torch.no_grad():
+    with torch.set_grad_enabled(recompute):
         run = torch.func.vmap(lambda value: torch.func.functional_call(model, {name: value}, (x,)))
         out = run(torch.stack([param, param + 1]))
         assert not torch.equal(out[0], out[1])

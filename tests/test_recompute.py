@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from memory import saved_bytes  # of benchmarks/
+from timm.utils import ModelEmaV3
 from torch import nn
 
 KWARGS = dict(img_size=64, num_classes=10, depths=(1, 1, 2, 1))
@@ -50,6 +51,36 @@ def test_in_float32_to_rounding():
 
 def test_under_autocast():
     assert_same_step(make(False), make(True), torch.float32, 0.05, autocast=True)
+
+
+def test_gradients_of_a_second_use_under_the_same_autocast():
+    plain, other = make(False), make(True)
+    grads = []
+    for model in (plain, other):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.train()(images())
+            loss = model.eval()(images()).float().square().sum()  # where recompute_act is off
+        loss.backward()
+        grads.append({name: param.grad for name, param in model.named_parameters()})
+    for name, expected in grads[0].items():
+        assert (grads[1][name] - expected).norm() <= 0.05 * expected.norm() + 1e-3, name
+
+
+def test_a_step_in_float16_with_a_gradient_scaler_and_averaged_weights():
+    averages = []
+    for model in (make(False), make(True)):
+        scaler, ema = torch.amp.GradScaler("cpu", init_scale=1024.0), ModelEmaV3(model, decay=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = nn.functional.cross_entropy(model(images()), torch.arange(4))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 1024.0  # no gradient was infinite, so the step was taken
+        ema.update(model)
+        averages.append(ema.module.state_dict())
+    for (name, expected), actual in zip(averages[0].items(), averages[1].values()):
+        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -128,6 +159,8 @@ def test_compiled():
     step(compiled, images())
     for a, b in zip(other.parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+    for a, b in zip(other.buffers(), plain.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_evaluation_and_averaged_copies_are_plain():
@@ -142,9 +175,11 @@ def test_a_third_less_is_kept():
     assert saved_bytes(make(True), images()) < 0.67 * saved_bytes(make(False), images())
 
 
-def test_dropout_in_the_irffn_is_refused():
+def test_what_it_cannot_do_is_refused():
     with pytest.raises(ValueError, match="recompute_act leaves no place for proj_drop_rate 0.1"):
         make(True, proj_drop_rate=0.1)
+    with pytest.raises(ValueError, match="recompute_act is for GELU alone, not for act_layer silu"):
+        make(True, act_layer="silu")
 
 
 def train_in_parallel(rank: int, init: str, out: str) -> None:

@@ -84,12 +84,28 @@ def test_a_folded_model_saves_loads_scripts_and_compiles():
             torch.testing.assert_close(run(images()), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_folded_checkpoint_is_no_checkpoint_of_the_model():
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_folded_checkpoint_is_no_checkpoint_of_the_model(strict):
     model = make("cmt_ti")
-    with pytest.raises(RuntimeError, match="lacks"):
-        model.load_state_dict(reparameterize_model(model).state_dict())
-    with pytest.raises(RuntimeError, match="has, and the model has not"):
-        reparameterize_model(model).load_state_dict(model.state_dict())
+    folded = reparameterize_model(model)
+    before = [copy.deepcopy(m.state_dict()) for m in (model, folded)]
+    with pytest.raises(RuntimeError, match=r"of a reparameterized model; load it into timm.utils.reparam"):
+        model.load_state_dict(before[1], strict=strict)
+    with pytest.raises(RuntimeError, match="of a plain one; load it before you reparameterize"):
+        folded.load_state_dict(before[0], strict=strict)
+    for m, states in zip((model, folded), before):
+        assert all(torch.equal(value, states[key]) for key, value in m.state_dict().items())
+
+
+def test_without_shortcuts_the_norms_are_folded_all_the_same():
+    model = make("cmt_ti")
+    for module in model.modules():
+        if hasattr(module, "has_shortcut"):
+            module.has_shortcut = False  # as in the paper's ablations (Table 4)
+    folded = reparameterize_model(model)
+    assert norms(folded) == norms(reparameterize_model(make("cmt_ti")))
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images()), model(images()), rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_loses_little_more_by_folding():

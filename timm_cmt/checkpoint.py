@@ -5,7 +5,7 @@ the projections of k and v apart where ours is one.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -130,6 +130,17 @@ def refuse_other_network(model: nn.Module, state_dict: Mapping[str, Any], varian
             f"this checkpoint is {name or 'another CMT'} ({theirs}) and the model is "
             f"{names_by_geometry.get(ours, 'another CMT')} ({ours}); {remedy}"
         )
+    if any(".mlp.conv2." in key for key in state_dict) and _is_folded(state_dict) != _is_folded(own):
+        # Everything that both have is of the same shape, and would load without `strict`.
+        raise RuntimeError(
+            "this checkpoint is of a reparameterized model; load it into timm.utils.reparameterize_model(model)"
+            if _is_folded(state_dict)
+            else "this model is reparameterized and the checkpoint is of a plain one; load it before you reparameterize"
+        )
+
+
+def _is_folded(names: Iterable[str]) -> bool:
+    return not any(re.search(r"\.mlp\.norm[23]\.", name) for name in names)
 
 
 def refuse_misfit(model: nn.Module, state_dict: Mapping[str, Any], variants: Mapping[str, Geometry]) -> None:

@@ -85,8 +85,8 @@ register_notrace_module(RelPosBias)  # whether it resizes depends on the input's
 
 HEAD_WIDTH = 1280  # channels before the pooling
 MIN_SIZE = 32  # pixels: below it the last stage has no token
-# On AMD's processors MKL's products are half as fast as oneDNN's where there is AVX-512, and up to 1.4 times as fast
-# where there is none.
+# On AMD's processors, the ones measured, MKL's products are half as fast as oneDNN's where there is AVX-512, and up to
+# 1.4 times as fast where there is none.
 ONEDNN_OVER_MKL = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
@@ -207,15 +207,22 @@ class LocalPerceptionUnit(nn.Module):
             self.has_shortcut = False
 
 
+def is_formula_faster(device: str, dtype: torch.dtype, head_bytes: int, bias_grad: bool) -> bool:
+    """Is attention by the formula faster than what `scaled_dot_product_attention` runs there, with a bias?"""
+    if device == "cpu":
+        # Its fused kernel gives the bias no gradient, and what SDPA falls back to is slower, as that kernel itself is
+        # in bfloat16.
+        return bias_grad or dtype == torch.bfloat16
+    # CUDA's fused kernels that take a bias want 16 bytes at a time of each head, which 46 channels are not, nor 52 and
+    # 76 in half precision; what SDPA falls back to computes in float32.
+    return device == "cuda" and head_bytes % 16 != 0
+
+
 @register_notrace_function
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_p: float, fused: bool) -> Tensor:
     """softmax(q k^T * scale + bias) v: [B, heads, N, d], [B, heads, M, d] twice, [heads, N, M] -> [B, heads, N, d]."""
-    # On the CPU the fused kernel gives the bias no gradient, and what SDPA falls back to is slower than the formula, as
-    # that kernel itself is in bfloat16. A trace's check repeats it without gradients and wants the same operations.
-    slow = bias.device.type == "cpu" and (bias.requires_grad or q.dtype == torch.bfloat16)
-    # CUDA's fused kernels that take a bias want 16 bytes at a time of each head, which 46, 52 and 76 channels in half
-    # precision are not; what SDPA falls back to computes in float32.
-    slow = slow or (bias.device.type == "cuda" and q.shape[-1] * q.element_size() % 16 != 0)
+    slow = is_formula_faster(bias.device.type, q.dtype, q.shape[-1] * q.element_size(), bias.requires_grad)
+    # A trace's check repeats it without gradients and wants the same operations.
     if fused and not slow and not torch.jit.is_tracing():
         # Four dimensions: with a mask of three the CPU's fused kernel is left out too.
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), dropout_p=dropout_p, scale=scale)
@@ -229,7 +236,7 @@ class TokenLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
             plain = is_plain_tensor(x) and is_plain_tensor(self.weight)
-            if ONEDNN_OVER_MKL and plain and x.device.type == "cpu":
+            if ONEDNN_OVER_MKL and plain and x.device.type == "cpu" and x.dtype != torch.float64:  # oneDNN has none
                 # As a convolution it is oneDNN's, of tensors laid out channels-last: tokens are such a map as they lie.
                 weight = self.weight[:, None, None].permute(0, 3, 1, 2)
                 return F.conv2d(x[:, None].permute(0, 3, 1, 2), weight, self.bias).flatten(2).transpose(1, 2)
@@ -389,10 +396,13 @@ class InvertedResidualFFN(nn.Module):
         """
         if self.has_shortcut:
             fold_shortcut(self.dwconv)
-            fold_norm_into_conv_after(self.norm2, self.conv2)
-            fold_norm_into_conv_before(self.conv2, self.norm3)
-            self.norm2, self.norm3 = nn.Identity(), nn.Identity()
             self.has_shortcut = False
+        if isinstance(self.norm2, nn.BatchNorm2d):
+            fold_norm_into_conv_after(self.norm2, self.conv2)
+            self.norm2 = nn.Identity()
+        if isinstance(self.norm3, nn.BatchNorm2d):
+            fold_norm_into_conv_before(self.conv2, self.norm3)
+            self.norm3 = nn.Identity()
 
 
 class Block(nn.Module):
@@ -578,7 +588,7 @@ class CMT(nn.Module):
 
     Raises:
         ValueError: An image size under 32, a number of heads that does not divide its stage's channels, or
-            `recompute_act` with a `proj_drop_rate`.
+            `recompute_act` with a `proj_drop_rate` or another `act_layer`.
     """
 
     def __init__(
@@ -606,6 +616,8 @@ class CMT(nn.Module):
         super().__init__()
         if recompute_act and proj_drop_rate > 0.0:
             raise ValueError(f"recompute_act leaves no place for proj_drop_rate {proj_drop_rate}; give one of the two")
+        if recompute_act and get_act_layer(act_layer) not in (GELU, nn.GELU):
+            raise ValueError(f"recompute_act is for GELU alone, not for act_layer {act_layer}; give one of the two")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans

@@ -80,7 +80,9 @@ def can_fuse(
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_plain_tensor(x):
         return False
     grad = torch.is_grad_enabled()
-    if not recompute if grad else x.device.type != "cpu":
+    if grad and not recompute:
+        return False
+    if not grad and x.device.type != "cpu":
         return False
     for norm in norms:
         if type(norm) is nn.BatchNorm2d:
@@ -90,7 +92,8 @@ def can_fuse(
         elif grad or type(norm) is not nn.Identity:  # which is there where it has been folded
             return False
     return (
-        all(type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and conv.bias is not None for conv in convs)
+        all(type(conv) is nn.Conv2d and conv.padding_mode == "zeros" for conv in convs)
+        and all(is_plain_tensor(tensor) for conv in convs for tensor in (conv.weight, conv.bias))
         and all(type(act) is ChannelsLastGELU for act in acts)
         and all(type(drop) is nn.Dropout and not (drop.training and drop.p > 0) for drop in drops)
         and not any(_GLOBAL_HOOKS)
@@ -169,7 +172,8 @@ class _GeluNormConv(torch.autograd.Function):
             mean, invstd = running_mean.clone(), (running_var + eps).rsqrt()
         ctx.save_for_backward(x, norm_weight, norm_bias, conv_weight, mean, invstd)
         ctx.batch_statistics, ctx.eps, ctx.geometry, ctx.shortcut = batch_statistics, eps, geometry, shortcut
-        out = F.conv2d(y, conv_weight, conv_bias, *geometry)
+        # Cast by hand: what autocast casts here, without gradients, it would keep for later uses that want one.
+        out = F.conv2d(y, conv_weight.to(y.dtype), conv_bias.to(y.dtype), *geometry)
         return out.add_(y) if shortcut else out
 
     @staticmethod

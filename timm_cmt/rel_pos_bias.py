@@ -247,10 +247,10 @@ def _resize_checkpoint(module: RelPosBias, state_dict: dict[str, Any], prefix: s
 
 
 def is_plain_tensor(x: Any) -> bool:
-    """A tensor whose values can be read: no fake, functorch, distributed or dual one, and no proxy of FX."""
+    """A tensor whose values can be read: no fake, distributed or dual one, no proxy of FX, nothing under torch.func."""
     if type(x) not in (Tensor, nn.Parameter) or x.device.type == "meta":
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # vmap and the like; no public name tells
+    if torch._C._are_functorch_transforms_active():  # vmap, grad and the like; no public name tells
         return False
     return torch.autograd.forward_ad.unpack_dual(x).tangent is None
 
