@@ -1,23 +1,30 @@
-"""What an evaluation takes at least, by its multiply-adds and bytes, what it takes, and which operators take it.
+"""What a run takes at least, by its multiply-adds and bytes, what it takes, and which operators take it.
 
 The floor is the sum over the operators of the larger of two times: multiply-adds over the speed of a large matrix
 product or 1 x 1 convolution, whichever is faster, and bytes over the speed of a copy. Bytes are what an operator reads
 and writes, as if nothing stayed in the cache between two; torch's counter does not see the products inside the CPU's
-fused attention. The operators' times are those of torch's profiler, of one call, and copies their share of all.
-Run: python benchmarks/ceilings.py [--models cmt_s deit_small_patch16_224] [--dtype bfloat16] [--batch-size 8]
+fused attention, and takes the gradient of a depth-wise convolution for that of a full one, so training has no floor,
+nor have compiled models, whose operators nothing sees. The operators' times are those of torch's profiler, of one run,
+with the shares of two kinds: convolutions, linear layers and matrix products, which all code for it has, and copies.
+Run: python benchmarks/ceilings.py [--models cmt_s deit_small_patch16_224] [--modes eager reparam compile train]
 """
 
 import argparse
+import itertools
+import re
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
-import timm
 import torch
-from timm.utils import reparameterize_model
+from throughput import DTYPES, MODES, has_mode, make_run
 from torch.utils._python_dispatch import TorchDispatchMode  # torch's documented way to see operators, yet private
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+PRODUCTS = re.compile(r"conv|linear|mm$|attention")  # within the names of torch's operators
 
 
 class OperatorCounter(TorchDispatchMode):
@@ -43,13 +50,13 @@ def count_bytes(tree: object) -> int:
 def timed(call: Callable[[], object], rounds: int, device: str) -> float:
     """The median seconds of a call."""
     seconds = []
-    for _ in range(rounds):
+    for _ in range(rounds + 2):
         start = time.perf_counter()
         call()
         if device != "cpu":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])
+    return statistics.median(seconds[2:])  # the first two warm up
 
 
 def operator_seconds(call: Callable[[], object], device: str) -> dict[str, float]:
@@ -59,16 +66,21 @@ def operator_seconds(call: Callable[[], object], device: str) -> dict[str, float
             call()
     kind = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     host = torch.autograd.DeviceType.CPU  # its operators have the time of their kernels, which stand there too
-    return {event.key: getattr(event, kind) / 5e6 for event in profiled.key_averages() if event.device_type == host}
+    seconds: dict[str, float] = defaultdict(float)
+    for event in profiled.key_averages():
+        if event.device_type == host:
+            seconds[re.sub(r"FxGraph \w+", "FxGraph", event.key)] += getattr(event, kind) / 5e6
+    return seconds
 
 
-@torch.no_grad()  # in inference mode a TorchDispatchMode sees operators before they are taken apart
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["cmt_s", "deit_small_patch16_224"])
+    parser.add_argument("--modes", nargs="+", default=["eager", "reparam"], choices=MODES)
+    parser.add_argument("--authors", type=Path, help="as for throughput.py")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is by autocast")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="bfloat16 is by autocast")
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
@@ -89,34 +101,30 @@ def main() -> None:
     print(f"{bytes_a_second / 1e9:.1f} GB in a copy\n")
     print("| model | G multiply-adds | GB | floor, ms | measured, ms |\n|---|---|---|---|---|")
     profiles = {}
-    for name in args.models:
-        model = timm.create_model(name, device=args.device).eval()
-        size = model.pretrained_cfg["input_size"][-1]
-        x = torch.randn(args.batch_size, 3, size, size, device=args.device)
-        variants = [(name, model)]
-        if name.startswith("cmt"):
-            variants.append((f"{name}, reparameterized", reparameterize_model(model)))
-        for label, variant in variants:
-
-            def call(variant=variant, x=x):
-                with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                    return variant(x)
-
+    for name, mode in itertools.product(args.models, args.modes):
+        if not has_mode(name, mode):
+            continue
+        run = make_run(name, mode, args.dtype, None, args.batch_size, args.device, args.authors)
+        counted = "- | - | -"
+        if mode in ("eager", "reparam"):
             with OperatorCounter() as counter:
-                call()
+                run()
             macs, moved = map(sum, zip(*counter.operators))
             floor = sum(max(m / macs_a_second, b / bytes_a_second) for m, b in counter.operators)
-            measured = timed(call, args.rounds, args.device)
-            print(f"| {label} | {macs / 1e9:.1f} | {moved / 1e9:.2f} | {1e3 * floor:.0f} | {1e3 * measured:.0f} |")
-            profiles[label] = operator_seconds(call, args.device)
+            counted = f"{macs / 1e9:.1f} | {moved / 1e9:.2f} | {1e3 * floor:.0f}"
+        measured = timed(run, args.rounds, args.device)
+        print(f"| {name}, {mode} | {counted} | {1e3 * measured:.0f} |")
+        profiles[f"{name}, {mode}"] = operator_seconds(run, args.device)
 
     print(f"\n| operator, ms | {' | '.join(profiles)} |\n|---|{'---|' * len(profiles)}")
     operators = {operator for profile in profiles.values() for operator in profile}
     for operator in sorted(operators, key=lambda operator: -max(p.get(operator, 0) for p in profiles.values()))[:14]:
         print(f"| {operator} | {' | '.join(f'{1e3 * p.get(operator, 0):.1f}' for p in profiles.values())} |")
     print(f"| all | {' | '.join(f'{1e3 * sum(p.values()):.1f}' for p in profiles.values())} |")
-    shares = (profile.get("aten::copy_", 0) / sum(profile.values()) for profile in profiles.values())
-    print(f"| copies | {' | '.join(f'{share:.1%}' for share in shares)} |")
+    sums = dict(products=PRODUCTS.search, copies=re.compile("^aten::copy_$").search)
+    for label, belongs in sums.items():
+        parts = [sum(t for operator, t in p.items() if belongs(operator)) / sum(p.values()) for p in profiles.values()]
+        print(f"| {label} | {' | '.join(f'{part:.1%}' for part in parts)} |")
 
 
 if __name__ == "__main__":

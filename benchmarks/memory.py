@@ -1,7 +1,8 @@
-"""What a training step takes: plain, with recompute_act, and with timm's gradient checkpointing.
+"""What an evaluation takes, and a training step: plain, with recompute_act, and with timm's gradient checkpointing.
 
 Kept is what a forward pass holds for its backward pass. The peak is that of the first step of a process of its own (on
-CUDA: of the device) over what was there before, and so has the gradients in it.
+CUDA: of the device) over what was there before: without the parameters, with the gradients. On the CPU it is read as
+Linux tells it.
 Run: python benchmarks/memory.py [--models authors:cmt_s cmt_s ...] [--authors path/to/cmt.py] [--batch-size 2]
 """
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from timm_cmt.cmt import VARIANTS
 
-WAYS = ["plain", "recompute_act", "checkpointing"]
+WAYS = ["evaluation", "training", "recompute_act", "checkpointing"]
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
@@ -44,16 +45,18 @@ def measure(name: str, way: str, authors: Path | None, batch: int, dtype: str, d
     size = timm.get_pretrained_cfg(name.removeprefix(AUTHORS)).input_size[-1]
     # Not with the authors' weights: making their model, too, would leave memory to be used again.
     authors = authors if name.startswith(AUTHORS) else None
-    model = make_model(name, size, "recompute" if way == "recompute_act" else "train", authors).to(device).train()
+    model = make_model(name, size, "recompute" if way == "recompute_act" else "train", authors).to(device)
+    model.train(way != "evaluation")
     if way == "checkpointing":
         model.set_grad_checkpointing()
     x = torch.randn(batch, 3, size, size, device=device)
     autocast = partial(torch.autocast, device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
     def step() -> None:
-        with autocast():
-            loss = model(x).sum()
-        loss.backward()
+        with autocast(), torch.set_grad_enabled(model.training):
+            out = model(x).sum()
+        if model.training:
+            out.backward()
 
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is resident
@@ -65,7 +68,7 @@ def measure(name: str, way: str, authors: Path | None, batch: int, dtype: str, d
         before = torch.cuda.memory_allocated()
         step()
         peak = torch.cuda.max_memory_allocated() - before
-    with autocast():
+    with autocast(), torch.set_grad_enabled(model.training):
         return saved_bytes(model, x) / 2**20, peak / 2**20
 
 
@@ -84,7 +87,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
 
-    keys = [(name, way) for name in args.models for way in (WAYS if name in VARIANTS else WAYS[:1])]
+    keys = [(name, way) for name in args.models for way in (WAYS if name in VARIANTS else WAYS[:2])]
     figures = {}
     for name, way in tqdm(keys, unit="model"):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
@@ -92,7 +95,7 @@ def main() -> None:
             figures[name, way] = fresh.submit(measure, *arguments).result()
 
     print(f"\nMB kept / MB at the peak, batch {args.batch_size}, {args.dtype}, {describe(args.device)}\n")
-    print(f"| model | {' | '.join(WAYS)} |\n|---|---|---|---|")
+    print(f"| model | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
     for name in args.models:
         cells = ["{:.0f} / {:.0f}".format(*figures[name, way]) if (name, way) in figures else "-" for way in WAYS]
         print(f"| {name} | {' | '.join(cells)} |")
