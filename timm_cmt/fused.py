@@ -93,6 +93,7 @@ def can_fuse(
             return False
     return (
         all(type(conv) is nn.Conv2d and conv.padding_mode == "zeros" for conv in convs)
+        and not any(isinstance(conv.padding, str) for conv in convs)  # "same"
         and all(is_plain_tensor(tensor) for conv in convs for tensor in (conv.weight, conv.bias))
         and all(type(act) is ChannelsLastGELU for act in acts)
         and all(type(drop) is nn.Dropout and not (drop.training and drop.p > 0) for drop in drops)
