@@ -56,6 +56,8 @@ def torch_home(tmp_path_factory) -> Path:
 
 def run(command: str, cwd: Path, **environ: str) -> str:
     """Run 'script.py options' of the clone, or 'torchrun options script.py options'; returns what it printed."""
+    if command.startswith("inference.py"):
+        pytest.importorskip("pandas", reason="NOT TESTED: timm's inference.py, which wants pandas; pip install pandas")
     words = shlex.split(command)
     if words[0] == "torchrun":
         words[:1] = ["-m", "torch.distributed.run"]
