@@ -1,11 +1,14 @@
 """What timm-cmt adds to `import torch` and `import timm`, and how long its models take to make.
 
 "Without" is with torch's autoload switched off, so that the package is not looked at. Each import is in a fresh
-interpreter, with and without in turn. Run: python benchmarks/startup.py [--rounds 10]
+interpreter, with and without in turn. Where these scatter by more than the difference, the time in the package's own
+modules tells more: all of them but `timm_cmt` itself, which `-X importtime` does not see torch import.
+Run: python benchmarks/startup.py [--rounds 10]
 """
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -17,32 +20,44 @@ from tqdm import tqdm
 PEERS = ["deit_small_patch16_224", "swin_small_patch4_window7_224", "twins_svt_base", "vit_base_patch16_224"]
 
 
-def import_seconds(module: str, autoload: str) -> float:
+def run_import(module: str, autoload: str) -> tuple[float, str]:
+    """The seconds of an import in a fresh interpreter, and what `-X importtime` says of it."""
     start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-c", f"import {module}"],
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", f"import {module}"],
         env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload},
         check=True,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    return time.perf_counter() - start
+    return time.perf_counter() - start, done.stderr
+
+
+def own_milliseconds(report: str) -> float:
+    """The time in the package's own modules, without what they import."""
+    return sum(int(own) for own in re.findall(r"^import time: +(\d+) \| +\d+ \| +timm_cmt\b", report, re.M)) / 1e3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="2 or more")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"{args.rounds} rounds have no quartiles; give 2 or more")
 
-    print("| | without, s | with, s | difference, ms |\n|---|---|---|---|")
+    print("| | without, s | with, s | difference, ms | quartiles |\n|---|---|---|---|---|")
     for module in ("torch", "timm"):
-        pairs = []
+        pairs, own = [], []
         for round_ in tqdm(range(args.rounds + 1), desc=f"import {module}", leave=False):
             order = "01" if round_ % 2 else "10"
-            taken = {autoload: import_seconds(module, autoload) for autoload in order}
-            pairs.append((taken["0"], taken["1"]))
-        without, with_ = zip(*pairs[1:])  # the first fills the disk's cache
-        difference = statistics.median(b - a for a, b in pairs[1:])
-        cells = f"{statistics.median(without):.2f} | {statistics.median(with_):.2f} | {1e3 * difference:.0f}"
-        print(f"| import {module} | {cells} |")
+            taken = {autoload: run_import(module, autoload) for autoload in order}
+            if round_:  # the first fills the disk's cache
+                pairs.append((taken["0"][0], taken["1"][0]))
+                own.append(own_milliseconds(taken["1"][1]))
+        without, with_ = map(statistics.median, zip(*pairs))
+        low, middle, high = (1e3 * q for q in statistics.quantiles([b - a for a, b in pairs], n=4))
+        print(f"| import {module} | {without:.2f} | {with_:.2f} | {middle:.0f} | {low:.0f} to {high:.0f} |")
+    print(f"\nThe package's own modules take {statistics.median(own):.0f} ms of `import timm` (python -X importtime).")
 
     print("\n| model | parameters, M | create_model, s |\n|---|---|---|")
     for name in [*timm.list_models("cmt*"), *PEERS]:

@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # several processes (pytest -n) a
 PARITY = Path(__file__).parent / "parity"
 MODELS = ["cmt_ti", "cmt_xs", "cmt_s", "cmt_b", "cmt_l"]
 SIZES = dict(cmt_ti=160, cmt_xs=192, cmt_s=224, cmt_b=256, cmt_l=288)
+SMALL = dict(img_size=64, num_classes=10, depths=(1, 1, 2, 1))  # arguments of a model that is quick to run
 RELEASE_FILES = dict(cmt_ti="cmt_tiny.pth", cmt_xs="cmt_xs.pth", cmt_s="cmt_small.pth", cmt_b="cmt_base.pth")
 
 
@@ -55,6 +56,10 @@ def authors_weights(variant: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def parity_input(size: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(7).standard_normal((2, 3, size, size)).astype(np.float32))
+
+
+def images(batch: int = 4, channels: int = 3, height: int = 64, width: int = 64) -> torch.Tensor:
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture

@@ -7,27 +7,22 @@ import timm
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from conftest import SMALL, images
 from torch import nn
 
 from timm_cmt import cmt
 from timm_cmt.cmt import Reduction, TokenLinear, is_formula_faster
 from timm_cmt.fused import ChannelsLastGELU
 
-KWARGS = dict(img_size=64, num_classes=10, depths=(1, 1, 2, 1))
-
 
 def make(seed: int = 0, **kwargs) -> nn.Module:
     torch.manual_seed(seed)
-    model = timm.create_model("cmt_ti", **{**KWARGS, **kwargs}).eval()
+    model = timm.create_model("cmt_ti", **{**SMALL, **kwargs}).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     return model
-
-
-def images(batch: int = 3, channels: int = 3) -> torch.Tensor:
-    return torch.randn(batch, channels, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

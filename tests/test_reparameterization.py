@@ -6,7 +6,7 @@ import io
 import pytest
 import timm
 import torch
-from conftest import MODELS
+from conftest import MODELS, images
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -28,25 +28,19 @@ def make(name: str, seed: int = 0, **kwargs) -> nn.Module:
     return model
 
 
-def images(height: int = 64, width: int = 64) -> torch.Tensor:
-    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
 def norms(model: nn.Module) -> int:
     return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", [(64, 64), (47, 96)])
-def test_outputs_are_the_same(name, size):
-    model = make(name)
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (47, 96)])
+def test_outputs_are_the_same(name, height, width):
+    model, x = make(name), images(height=height, width=width)
     folded = reparameterize_model(model)
     with torch.no_grad():
-        for actual, expected in zip(
-            folded.forward_intermediates(images(*size))[1], model.forward_intermediates(images(*size))[1]
-        ):
+        for actual, expected in zip(folded.forward_intermediates(x)[1], model.forward_intermediates(x)[1]):
             assert (actual - expected).norm() <= 1e-5 * expected.norm()
-        actual, expected = folded(images(*size)), model(images(*size))
+        actual, expected = folded(x), model(x)
     assert (actual - expected).norm() <= 1e-5 * expected.norm()
 
 

@@ -15,7 +15,8 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import RELEASE_FILES, authors_weights
+from conftest import RELEASE_FILES, authors_weights, images
+from timm.utils import reparameterize_model
 
 from timm_cmt.demo import train_command, validate_command, write_digits
 from timm_cmt.recipe import find_recipe, make_command
@@ -170,6 +171,13 @@ def test_benchmark(model, tmp_path):
     assert '"infer_img_size": 64' in log and '"train_samples_per_sec"' in log
 
 
+def test_benchmark_reparam_measures_the_folded_model(tmp_path):
+    options = "--model cmt_ti --bench inference --device cpu -b 2 --img-size 64 --num-warm-iter 1 --num-bench-iter 5"
+    log = run(f"benchmark.py {options} --reparam", tmp_path)
+    folded = reparameterize_model(timm.create_model("cmt_ti"))
+    assert f"param count: {sum(param.numel() for param in folded.parameters())}\n" in log
+
+
 @pytest.mark.parametrize("schedule", ["constant", "progressive"])
 def test_training_at_several_sizes(schedule, data, tmp_path):
     if "--train-img-sizes" not in (Path(TIMM_SRC) / "train.py").read_text():
@@ -201,6 +209,21 @@ def test_onnx_export_has_no_interpolation(size, torch_home, tmp_path):
     onnx = pytest.importorskip("onnx", reason="NOT TESTED: onnx_export.py; pip install onnx onnxscript onnxruntime")
     run(f"onnx_export.py out.onnx --model cmt_ti {size}", tmp_path, TORCH_HOME=str(torch_home.parent.parent))
     assert "Resize" not in {node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node}
+
+
+def test_onnx_export_reparam_gives_the_same_outputs(torch_home, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="NOT TESTED: onnx_export.py; pip install onnx onnxscript onnxruntime")
+    runtime = pytest.importorskip("onnxruntime", reason="NOT TESTED: onnx_export.py --reparam; pip install onnxruntime")
+    options = f"--model cmt_ti --img-size 64 --checkpoint {torch_home / RELEASE_FILES['cmt_ti']}"
+    outputs, norms = [], []
+    for option in ("", "--reparam"):
+        run(f"onnx_export.py out.onnx {options} {option}", tmp_path)
+        norms.append(sum(n.op_type == "BatchNormalization" for n in onnx.load(tmp_path / "out.onnx").graph.node))
+        session = runtime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+        (given,) = session.get_inputs()
+        outputs.append(session.run(None, {given.name: images(1).numpy()})[0])
+    assert norms[1] < norms[0]
+    assert abs(outputs[1] - outputs[0]).max() <= 1e-4 * abs(outputs[0]).max()
 
 
 def test_the_commands_that_the_demo_prints_run(data, tmp_path):

@@ -243,6 +243,14 @@ class TokenLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
+def trains_in_bfloat16(x: Tensor) -> bool:
+    """Is x on the CPU and in bfloat16, or to be cast to it by autocast, where gradients are wanted?"""
+    if torch.jit.is_tracing() or not isinstance(x, Tensor):  # FX has proxies
+        return False
+    in_bfloat16 = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"))
+    return in_bfloat16 and x.is_cpu and torch.is_grad_enabled()
+
+
 class Reduction(nn.Conv2d):
     """The depth-wise convolution of kernel and stride k that reduces keys and values k-fold on each side (eq. 2)."""
 
@@ -250,9 +258,8 @@ class Reduction(nn.Conv2d):
         super().__init__(dim, dim, k, stride=k, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and not torch.jit.is_tracing() and isinstance(x, Tensor):  # FX has proxies
-            in_bfloat16 = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"))
-            if in_bfloat16 and x.is_cpu and torch.is_grad_enabled():
+        if not torch.jit.is_scripting():
+            if trains_in_bfloat16(x):
                 # In float32, which costs little: the CPU's gradient of this convolution in bfloat16 is 10 times slower.
                 with torch.autocast("cpu", enabled=False):
                     if not torch.compiler.is_compiling() and is_plain_tensor(x) and is_plain_tensor(self.weight):
