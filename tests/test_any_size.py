@@ -100,8 +100,8 @@ def test_channels_last_and_autocast(model):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_compiled_with_no_graph_break(model, training):
-    model = copy.deepcopy(model).train(training)
+def test_compiled_with_no_graph_break(training):
+    model = make(depths=(1, 1, 2, 1)).train(training)  # torch takes three times as long for all blocks
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
     for size in [(BUILT, BUILT), (96, 64)]:
