@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import MODELS, PARITY, SIZES, authors_weights, parity_input
+from conftest import MODELS, PARITY, SIZES, SMALL, authors_weights, parity_input
 from reference import cmt, loss_and_input_gradient, relative_error
 from timm.layers import set_fused_attn
+from torch._subclasses.fake_tensor import FakeTensorMode  # so in torch's documentation
 from torch.utils.flop_counter import FlopCounterMode
+
+from timm_cmt import cmt as cmt_module
+from timm_cmt import fused
 
 PARAMETERS = dict(cmt_ti=9_492_426, cmt_xs=15_247_208, cmt_s=26_256_160, cmt_b=45_715_076, cmt_l=74_774_152)
 GMACS = dict(cmt_ti=0.639, cmt_xs=1.547, cmt_s=4.032, cmt_b=9.317, cmt_l=19.499)
@@ -227,6 +231,22 @@ def test_init_weights_after_to_empty_makes_a_whole_model():
     model.init_weights()
     assert model.stages[0].rel_pos_bias.query_grid.tolist() == [40, 40]
     assert not any((tensor == -7).any() for tensor in model.state_dict().values())
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 has no fake GPU where there is no real one")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("height", [64, 96])
+def test_a_model_on_a_gpu_makes_nothing_on_the_cpu(height, training, recompute, dtype, monkeypatch):
+    """By fake tensors, which have a device and no values: forward passes alone, since gradients want a real device."""
+    for module in (cmt_module, fused):
+        monkeypatch.setattr(module, "is_plain_tensor", lambda _: True)  # the paths that real tensors take
+    model = timm.create_model("cmt_ti", **SMALL, recompute_act=recompute, device="meta", dtype=dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(training):
+        model.train(training).to_empty(device="cuda")
+        out = model(torch.empty(2, 3, height, 64, device="cuda", dtype=dtype))
+    assert out.device.type == "cuda" and out.dtype == dtype and out.shape == (2, 10)
 
 
 @pytest.mark.parametrize(
