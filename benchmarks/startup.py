@@ -2,7 +2,7 @@
 
 "Without" is with torch's autoload switched off, so that the package is not looked at. Each import is in a fresh
 interpreter, with and without in turn. Where these scatter by more than the difference, the time in the package's own
-modules tells more: all of them but `timm_cmt` itself, which `-X importtime` does not see torch import.
+modules is the least that it can be: all of them but `timm_cmt` itself, which `-X importtime` does not see torch import.
 Run: python benchmarks/startup.py [--rounds 10]
 """
 
@@ -20,21 +20,23 @@ from tqdm import tqdm
 PEERS = ["deit_small_patch16_224", "swin_small_patch4_window7_224", "twins_svt_base", "vit_base_patch16_224"]
 
 
-def run_import(module: str, autoload: str) -> tuple[float, str]:
-    """The seconds of an import in a fresh interpreter, and what `-X importtime` says of it."""
+def run_import(module: str, autoload: str, *options: str) -> tuple[float, str]:
+    """The seconds of an import in a fresh interpreter, and what it printed."""
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", f"import {module}"],
+        [sys.executable, *options, "-c", f"import {module}"],
         env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload},
-        check=True,
         stderr=subprocess.PIPE,
         text=True,
     )
+    if done.returncode:
+        sys.exit(f"startup.py: error: import {module} failed\n{done.stderr}")
     return time.perf_counter() - start, done.stderr
 
 
-def own_milliseconds(report: str) -> float:
-    """The time in the package's own modules, without what they import."""
+def own_milliseconds() -> float:
+    """What `import timm` spends in the package's own modules, without what they import."""
+    _, report = run_import("timm", "1", "-X", "importtime")
     return sum(int(own) for own in re.findall(r"^import time: +(\d+) \| +\d+ \| +timm_cmt\b", report, re.M)) / 1e3
 
 
@@ -47,17 +49,16 @@ def main() -> None:
 
     print("| | without, s | with, s | difference, ms | quartiles |\n|---|---|---|---|---|")
     for module in ("torch", "timm"):
-        pairs, own = [], []
+        pairs = []
         for round_ in tqdm(range(args.rounds + 1), desc=f"import {module}", leave=False):
             order = "01" if round_ % 2 else "10"
-            taken = {autoload: run_import(module, autoload) for autoload in order}
-            if round_:  # the first fills the disk's cache
-                pairs.append((taken["0"][0], taken["1"][0]))
-                own.append(own_milliseconds(taken["1"][1]))
-        without, with_ = map(statistics.median, zip(*pairs))
-        low, middle, high = (1e3 * q for q in statistics.quantiles([b - a for a, b in pairs], n=4))
+            taken = {autoload: run_import(module, autoload)[0] for autoload in order}
+            pairs.append((taken["0"], taken["1"]))
+        without, with_ = map(statistics.median, zip(*pairs[1:]))  # the first fills the disk's cache
+        low, middle, high = (1e3 * q for q in statistics.quantiles([b - a for a, b in pairs[1:]], n=4))
         print(f"| import {module} | {without:.2f} | {with_:.2f} | {middle:.0f} | {low:.0f} to {high:.0f} |")
-    print(f"\nThe package's own modules take {statistics.median(own):.0f} ms of `import timm` (python -X importtime).")
+    own = statistics.median(own_milliseconds() for _ in range(5))
+    print(f"\nThe package's own modules take {own:.0f} ms of `import timm` (python -X importtime).")
 
     print("\n| model | parameters, M | create_model, s |\n|---|---|---|")
     for name in [*timm.list_models("cmt*"), *PEERS]:

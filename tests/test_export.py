@@ -1,4 +1,4 @@
-"""ONNX of every variant, in onnxruntime."""
+"""ONNX of CMT-Ti, and of every other variant with a block a stage, in onnxruntime."""
 
 from pathlib import Path
 
@@ -34,11 +34,10 @@ def infer(path: Path, x: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, dict(x=x.numpy()))[0])
 
 
-# CMT-Ti whole, the others with a block a stage: the exporter's time is in the number of blocks.
 @pytest.mark.parametrize(("name", "folded"), [*((name, False) for name in MODELS), ("cmt_ti", True)])
 def test_onnx_agrees_for_every_variant(name, folded, tmp_path):
     torch.manual_seed(0)
-    depths = {} if name == "cmt_ti" else dict(depths=(1, 1, 1, 1))
+    depths = {} if name == "cmt_ti" else dict(depths=(1, 1, 1, 1))  # for which exporting takes a tenth of the time
     model = timm.create_model(name, img_size=64, num_classes=10, **depths).eval()
     if folded:
         model = reparameterize_model(model)

@@ -140,6 +140,21 @@ def test_attention_by_the_formula_is_for_what_the_fused_kernels_do_not_take():
     assert is_formula_faster("cpu", torch.bfloat16, 2 * 64, bias_grad=False)
 
 
+def test_attention_s_bias_is_not_copied_for_each_image(monkeypatch):
+    masks, attention = [], F.scaled_dot_product_attention
+
+    def noted(*args, attn_mask: torch.Tensor, **kwargs) -> torch.Tensor:
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    model = make()
+    with torch.no_grad():
+        model(images())
+    biases = [stage.rel_pos_bias.weight for stage in model.stages for _ in stage.blocks]
+    assert [mask.data_ptr() for mask in masks] == [bias.data_ptr() for bias in biases]
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_the_reduction_in_bfloat16_is_the_convolution_s(autocast):
     torch.manual_seed(0)

@@ -234,15 +234,16 @@ def test_init_weights_after_to_empty_makes_a_whole_model():
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 has no fake GPU where there is no real one")
+@pytest.mark.parametrize("name", ["cmt_ti", "cmt_s"])  # attention by the formula, and by the fused kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("height", [64, 96])
-def test_a_model_on_a_gpu_makes_nothing_on_the_cpu(height, training, recompute, dtype, monkeypatch):
+def test_a_model_on_a_gpu_mixes_in_no_tensor_of_the_cpu(height, training, recompute, dtype, name, monkeypatch):
     """By fake tensors, which have a device and no values: forward passes alone, since gradients want a real device."""
     for module in (cmt_module, fused):
-        monkeypatch.setattr(module, "is_plain_tensor", lambda _: True)  # the paths that real tensors take
-    model = timm.create_model("cmt_ti", **SMALL, recompute_act=recompute, device="meta", dtype=dtype)
+        monkeypatch.setattr(module, "is_plain_tensor", lambda _: True)  # the blocks' paths for real tensors
+    model = timm.create_model(name, **SMALL, recompute_act=recompute, device="meta", dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(training):
         model.train(training).to_empty(device="cuda")
         out = model(torch.empty(2, 3, height, 64, device="cuda", dtype=dtype))

@@ -167,10 +167,10 @@ def test_evaluation_and_averaged_copies_are_plain():
         torch.testing.assert_close(torch.jit.script(other)(images()), plain(images()))
 
 
-def test_little_more_than_half_of_cmt_s_s_activations_is_kept():
-    x = images(1, height=224, width=224)
-    plain, other = (timm.create_model("cmt_s", recompute_act=recompute).train() for recompute in (False, True))
-    assert saved_bytes(other, x) <= 0.55 * saved_bytes(plain, x)
+def test_cmt_s_keeps_at_most_55_percent_of_what_the_authors_code_does():
+    model = timm.create_model("cmt_s", recompute_act=True).train()
+    authors = 257_064_504  # bytes of one image, counted in the same way (benchmarks/memory.py)
+    assert saved_bytes(model, images(1, height=224, width=224)) <= 0.55 * authors
 
 
 def test_what_it_cannot_do_is_refused():

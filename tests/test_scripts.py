@@ -172,7 +172,7 @@ def test_benchmark(model, tmp_path):
 
 
 def test_benchmark_reparam_measures_the_folded_model(tmp_path):
-    options = "--model cmt_ti --bench inference --device cpu -b 2 --img-size 64 --num-warm-iter 1 --num-bench-iter 5"
+    options = "--model cmt_ti --bench inference --device cpu -b 2 --num-warm-iter 1 --num-bench-iter 5"
     log = run(f"benchmark.py {options} --reparam", tmp_path)
     folded = reparameterize_model(timm.create_model("cmt_ti"))
     assert f"param count: {sum(param.numel() for param in folded.parameters())}\n" in log

@@ -85,8 +85,8 @@ register_notrace_module(RelPosBias)  # whether it resizes depends on the input's
 
 HEAD_WIDTH = 1280  # channels before the pooling
 MIN_SIZE = 32  # pixels: below it the last stage has no token
-# On AMD's processors, the ones measured, MKL's products are half as fast as oneDNN's where there is AVX-512, and up to
-# 1.4 times as fast where there is none.
+# On AMD's processors, the ones measured, MKL's products are half as fast as oneDNN's where there is AVX-512, and 1.1 to
+# 1.5 times as fast where there is none.
 ONEDNN_OVER_MKL = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
@@ -243,12 +243,12 @@ class TokenLinear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-def trains_in_bfloat16(x: Tensor) -> bool:
-    """Is x on the CPU and in bfloat16, or to be cast to it by autocast, where gradients are wanted?"""
+def wants_float32(x: Tensor) -> bool:
+    """Is x on the CPU and in bfloat16, or in float32 that autocast would cast, where gradients are wanted?"""
     if torch.jit.is_tracing() or not isinstance(x, Tensor):  # FX has proxies
         return False
-    in_bfloat16 = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"))
-    return in_bfloat16 and x.is_cpu and torch.is_grad_enabled()
+    is_low = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"))
+    return is_low and x.is_cpu and torch.is_grad_enabled()
 
 
 class Reduction(nn.Conv2d):
@@ -259,7 +259,7 @@ class Reduction(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if trains_in_bfloat16(x):
+            if wants_float32(x):
                 # In float32, which costs little: the CPU's gradient of this convolution in bfloat16 is 10 times slower.
                 with torch.autocast("cpu", enabled=False):
                     if not torch.compiler.is_compiling() and is_plain_tensor(x) and is_plain_tensor(self.weight):
