@@ -60,15 +60,19 @@ def main() -> None:
     own = statistics.median(own_milliseconds() for _ in range(5))
     print(f"\nThe package's own modules take {own:.0f} ms of `import timm` (python -X importtime).")
 
-    print("\n| model | parameters, M | create_model, s |\n|---|---|---|")
-    for name in [*timm.list_models("cmt*"), *PEERS]:
-        seconds = []
-        for _ in range(3):
+    names = [*timm.list_models("cmt*"), *PEERS]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    params = {}
+    for _ in tqdm(range(args.rounds + 1), desc="create_model", leave=False):
+        for name in names:
             start = time.perf_counter()
             model = timm.create_model(name)
-            seconds.append(time.perf_counter() - start)
-        params = sum(param.numel() for param in model.parameters())
-        print(f"| {name} | {params / 1e6:.1f} | {statistics.median(seconds):.2f} |")
+            seconds[name].append(time.perf_counter() - start)
+            params[name] = sum(param.numel() for param in model.parameters())
+    print("\n| model | parameters, M | create_model, s | quartiles |\n|---|---|---|---|")
+    for name in names:
+        low, middle, high = statistics.quantiles(seconds[name][1:], n=4)  # the first imports what making models needs
+        print(f"| {name} | {params[name] / 1e6:.1f} | {middle:.2f} | {low:.2f} to {high:.2f} |")
 
 
 if __name__ == "__main__":
