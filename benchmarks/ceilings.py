@@ -5,7 +5,8 @@ product or 1 x 1 convolution, whichever is faster, and bytes over the speed of a
 and writes, as if nothing stayed in the cache between two; torch's counter does not see the products inside the CPU's
 fused attention, and takes the gradient of a depth-wise convolution for that of a full one, so training has no floor,
 nor have compiled models, whose operators nothing sees. The operators' times are those of torch's profiler, of one run,
-with the shares of two kinds: convolutions, linear layers and matrix products, which all code for it has, and copies.
+with the shares of two kinds: convolutions, linear layers and matrix products, which all code for it has, and copies;
+of the copies, those of the biases of linear layers, which the CPU lays down before the product, are given apart.
 Run: python benchmarks/ceilings.py [--models cmt_s deit_small_patch16_224] [--modes eager reparam compile train]
 """
 
@@ -67,9 +68,12 @@ def operator_seconds(call: Callable[[], object], device: str) -> dict[str, float
     kind = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     host = torch.autograd.DeviceType.CPU  # its operators have the time of their kernels, which stand there too
     seconds: dict[str, float] = defaultdict(float)
-    for event in profiled.key_averages():
+    for event in profiled.events():
         if event.device_type == host:
-            seconds[re.sub(r"FxGraph \w+", "FxGraph", event.key)] += getattr(event, kind) / 5e6
+            name = re.sub(r"FxGraph \w+", "FxGraph", event.name)
+            if name == "aten::copy_" and event.cpu_parent is not None and event.cpu_parent.name == "aten::addmm":
+                name += ", of a bias"  # which torch lays down where the product is added to it
+            seconds[name] += getattr(event, kind) / 5e6
     return seconds
 
 
@@ -121,9 +125,9 @@ def main() -> None:
     for operator in sorted(operators, key=lambda operator: -max(p.get(operator, 0) for p in profiles.values()))[:14]:
         print(f"| {operator} | {' | '.join(f'{1e3 * p.get(operator, 0):.1f}' for p in profiles.values())} |")
     print(f"| all | {' | '.join(f'{1e3 * sum(p.values()):.1f}' for p in profiles.values())} |")
-    sums = dict(products=PRODUCTS.search, copies=re.compile("^aten::copy_$").search)
-    for label, belongs in sums.items():
-        parts = [sum(t for operator, t in p.items() if belongs(operator)) / sum(p.values()) for p in profiles.values()]
+    sums = {"products": PRODUCTS, "copies": re.compile("^aten::copy_"), "copies of biases": re.compile("^aten::copy_,")}
+    for label, pattern in sums.items():
+        parts = [sum(t for name, t in p.items() if pattern.search(name)) / sum(p.values()) for p in profiles.values()]
         print(f"| {label} | {' | '.join(f'{part:.1%}' for part in parts)} |")
 
 
