@@ -72,7 +72,7 @@ def operator_seconds(call: Callable[[], object], device: str) -> dict[str, float
         if event.device_type == host:
             name = re.sub(r"FxGraph \w+", "FxGraph", event.name)
             if name == "aten::copy_" and event.cpu_parent is not None and event.cpu_parent.name == "aten::addmm":
-                name += ", of a bias"  # which torch lays down where the product is added to it
+                name += ", of a bias"
             seconds[name] += getattr(event, kind) / 5e6
     return seconds
 
