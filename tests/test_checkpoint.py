@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import MODELS, RELEASE_FILES, SIZES, authors_weights, parity_input
+from common import MODELS, RELEASE_FILES, SIZES, authors_weights, parity_input
 from reference import cmt
 from safetensors.torch import save_file
 from timm.models import load_checkpoint, resume_checkpoint

@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from conftest import SMALL, images
+from common import SMALL, images
 from torch import nn
 
 from timm_cmt import cmt

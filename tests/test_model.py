@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import MODELS, PARITY, SIZES, SMALL, authors_weights, parity_input
+from common import MODELS, PARITY, SIZES, SMALL, authors_weights, parity_input
 from reference import cmt, loss_and_input_gradient, relative_error
 from timm.layers import set_fused_attn
 from torch._subclasses.fake_tensor import FakeTensorMode  # so in torch's documentation

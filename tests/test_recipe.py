@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import MODELS
+from common import MODELS
 from timm.data import create_dataset
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 

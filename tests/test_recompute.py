@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import SMALL, images
+from common import SMALL, images
 from memory import saved_bytes  # of benchmarks/
 from timm.utils import ModelEmaV3
 from torch import nn

@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import MODELS
+from common import MODELS
 
 SHOW = "import timm; print(*sorted(timm.list_models('cmt*')))"
 FIVE = " ".join(sorted(MODELS))

@@ -6,7 +6,7 @@ import io
 import pytest
 import timm
 import torch
-from conftest import MODELS, images
+from common import MODELS, images
 from timm.utils import reparameterize_model
 from torch import nn
 

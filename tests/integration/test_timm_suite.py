@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import MODELS, RELEASE_FILES, authors_weights
+from common import MODELS, RELEASE_FILES, authors_weights
 
 # Only timm's limits on the size of what it runs may skip a test.
 SIZE_LIMIT = "Fixed input size model > limit."

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import RELEASE_FILES, SIZES, authors_weights, parity_input
+from common import RELEASE_FILES, SIZES, authors_weights, parity_input
 from hub_server import running_hub
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from timm_cmt import hub as timm_cmt_hub
 from timm_cmt.cli import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOKEN = "hf_test"
 WITH_WEIGHTS = list(RELEASE_FILES)
 

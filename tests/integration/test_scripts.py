@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import RELEASE_FILES, authors_weights, images
+from common import RELEASE_FILES, authors_weights, images
 from timm.utils import reparameterize_model
 
 from timm_cmt.demo import train_command, validate_command, write_digits
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     not TIMM_SRC,
     reason="NOT TESTED: timm's train.py, validate.py, inference.py, benchmark.py, onnx_export.py, onnx_validate.py, "
     "avg_checkpoints.py, clean_checkpoint.py and hubconf.py. Clone timm and run "
-    "TIMM_SRC=path/to/the/clone pytest tests/test_scripts.py",
+    "TIMM_SRC=path/to/the/clone pytest tests/integration/test_scripts.py",
 )
 BOTH = pytest.mark.parametrize("model", ["cmt_ti", "cmt_b"])
 
@@ -288,7 +288,6 @@ def test_compiled_training_gives_the_same_loss(runs):
     assert "backend=aot_eager" in runs.log(options)
 
 
-@pytest.mark.slow
 def test_training_compiled_by_inductor_gives_the_same_loss(runs):
     if not shutil.which("g++"):
         pytest.skip("NOT TESTED: --torchcompile with inductor, which needs a C++ compiler")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import authors_weights
+from common import authors_weights
 from PIL import Image
 
 from timm_cmt.hub import convert

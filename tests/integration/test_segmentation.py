@@ -4,12 +4,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import MODELS, RELEASE_FILES, authors_weights
+from common import MODELS, RELEASE_FILES, authors_weights
 
 smp = pytest.importorskip(
     "segmentation_models_pytorch",
     reason="NOT TESTED: segmentation_models_pytorch; pip install segmentation-models-pytorch and run "
-    "pytest tests/test_segmentation.py",
+    "pytest tests/integration/test_segmentation.py",
 )
 
 DECODERS = pytest.mark.parametrize("decoder", [smp.Unet, smp.FPN, smp.UPerNet], ids=lambda decoder: decoder.__name__)

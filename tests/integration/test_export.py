@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import MODELS
+from common import MODELS
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 

@@ -59,7 +59,7 @@ def train(noise, tmp_path_factory):
     if not TIMM_SRC:
         pytest.skip(
             "NOT TESTED: train.py in many processes. Clone timm and run "
-            "TIMM_SRC=path/to/the/clone pytest tests/test_distributed.py"
+            "TIMM_SRC=path/to/the/clone pytest tests/integration/test_distributed.py"
         )
 
     def train(processes: int) -> tuple[list[dict[str, str]], dict[str, torch.Tensor]]:

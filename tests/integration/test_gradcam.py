@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 GradCAM = pytest.importorskip(
-    "pytorch_grad_cam", reason="NOT TESTED: Grad-CAM; pip install grad-cam and run pytest tests/test_gradcam.py"
+    "pytorch_grad_cam", reason="NOT TESTED: Grad-CAM; pip install grad-cam and run pytest tests/integration/test_gradcam.py"
 ).GradCAM
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # more wait for each other where the cores are busy
@@ -59,13 +59,12 @@ def test_explaining_leaves_the_model_as_it_was():
     assert not model.stages[-1]._forward_hooks
 
 
-@pytest.mark.slow
 def test_the_example_s_maps_lie_on_the_objects(tmp_path):
     """A model that was told what is in crops of photographs, and never where, explains each tag by its object."""
     pytest.importorskip(
         "skimage", reason="NOT TESTED: benchmarks/examples/explain.py; pip install scikit-image and run this file"
     )
-    script = Path(__file__).parents[1] / "benchmarks" / "examples" / "explain.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "examples" / "explain.py"
     done = subprocess.run(
         [sys.executable, script, "--out", "map.png"], cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True
     )

@@ -212,15 +212,14 @@ def test_an_unknown_argument_is_a_type_error(build):
         build("cmt_ti", 3, drop_paths=0.1)
 
 
-@pytest.mark.slow
 def test_a_detector_learns_the_objects_in_photographs(tmp_path):
     """It finds those that are drawn by hand in six photographs, which it was trained on; here all 12."""
     pytest.importorskip(
         "skimage",
         reason="NOT TESTED: training a detector on photographs; pip install scikit-image and run "
-        "pytest tests/test_detection.py",
+        "pytest tests/integration/test_detection.py",
     )
-    script = Path(__file__).parents[1] / "benchmarks" / "examples" / "detect.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "examples" / "detect.py"
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found, overlap = re.search(r"^(\d+) of 12 objects found, mean overlap ([\d.]+)", done.stdout, re.M).groups()

@@ -23,7 +23,6 @@ def demo(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
     return done, cwd / "timm-cmt-demo"
 
 
-@pytest.mark.slow
 def test_the_demo_reaches_98_percent(demo):
     done, folder = demo
     assert float(re.search(r"top-1 ([\d.]+) %", done.stdout)[1]) >= 98
@@ -92,7 +91,6 @@ def top1(path: Path, digits) -> float:
     return accuracy
 
 
-@pytest.mark.slow
 def test_dynamic_quantisation_keeps_the_demo_s_accuracy(exported, digits, tmp_path):
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -104,7 +102,6 @@ def test_dynamic_quantisation_keeps_the_demo_s_accuracy(exported, digits, tmp_pa
     assert top1(path, digits) >= top1(exported, digits) - 1
 
 
-@pytest.mark.slow
 def test_static_quantisation_keeps_the_demo_s_accuracy(exported, digits, tmp_path):
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, quantize_static

@@ -1,0 +1,55 @@
+"""What several tests need: the five models, the authors' layout with deterministic weights, images."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PARITY = Path(__file__).parent / "parity"
+MODELS = ["cmt_ti", "cmt_xs", "cmt_s", "cmt_b", "cmt_l"]
+SIZES = dict(cmt_ti=160, cmt_xs=192, cmt_s=224, cmt_b=256, cmt_l=288)
+SMALL = dict(img_size=64, num_classes=10, depths=(1, 1, 2, 1))  # arguments of a model that is quick to run
+RELEASE_FILES = dict(cmt_ti="cmt_tiny.pth", cmt_xs="cmt_xs.pth", cmt_s="cmt_small.pth", cmt_b="cmt_base.pth")
+
+
+def _values(key: str, shape: list[int], seed: int) -> np.ndarray:
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "little"))
+    last = key.rpartition(".")[2]
+    if last == "num_batches_tracked":
+        return np.array(1000)
+    if last == "running_var":
+        return 0.5 + rng.random(shape)
+    if last == "running_mean":
+        return 0.1 * rng.standard_normal(shape)
+    if key.startswith("relative_pos"):
+        return rng.standard_normal(shape)
+    if last == "bias":
+        return 0.1 * rng.standard_normal(shape)
+    if len(shape) == 1:
+        return 1 + 0.1 * rng.standard_normal(shape)
+    return rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+
+
+@functools.cache
+def _authors_weights(variant: str, seed: int) -> dict[str, torch.Tensor]:
+    layout = json.loads((PARITY / f"layout_{variant}.json").read_text())
+    return {
+        key: torch.from_numpy(np.asarray(_values(key, shape, seed))).to(getattr(torch, dtype.removeprefix("torch.")))
+        for key, shape, dtype in layout
+    }
+
+
+def authors_weights(variant: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A state dict in the authors' layout, made as parity/README.md says (seed 0 gives the expected outputs there)."""
+    return {key: value.clone() for key, value in _authors_weights(variant, seed).items()}
+
+
+def parity_input(size: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(7).standard_normal((2, 3, size, size)).astype(np.float32))
+
+
+def images(batch: int = 4, channels: int = 3, height: int = 64, width: int = 64) -> torch.Tensor:
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
