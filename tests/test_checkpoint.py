@@ -128,9 +128,9 @@ def test_other_classes_keep_everything_but_the_classifier():
     weights = authors_weights(TI)
     model = timm.create_model(TI, pretrained=True, num_classes=5, pretrained_cfg_overlay=dict(state_dict=weights))
     assert model.head.weight.shape == (5, 1280)
-    assert torch.equal(model.conv_head.conv.weight, weights["_fc.weight"])
+    assert torch.equal(model.final_conv[0].conv.weight, weights["_fc.weight"])
     model = timm.create_model(TI, pretrained=True, num_classes=0, pretrained_cfg_overlay=dict(state_dict=weights))
-    assert torch.equal(model.conv_head.conv.weight, weights["_fc.weight"])
+    assert torch.equal(model.final_conv[0].conv.weight, weights["_fc.weight"])
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])
@@ -175,12 +175,20 @@ def test_another_size_resizes_the_bias_and_nothing_else(caplog):
     ]
 
 
-def test_a_size_in_features_only_is_resized_by_the_bias_itself(caplog):
+def test_a_size_in_features_only_is_resized(caplog):
     small = timm.create_model(TI, features_only=True, img_size=64)
     large = timm.create_model(TI, features_only=True, img_size=(64, 96))
     with caplog.at_level("INFO", logger="timm_cmt"):
         large.load_state_dict(small.state_dict())
     assert large.stages_0.rel_pos_bias.weight.shape == (1, 16 * 24, 2 * 3)
+    assert [r.message for r in caplog.records] == ["Resized the relative position bias from 64 x 64 to 64 x 96 pixels"]
+
+
+def test_a_size_in_a_stage_by_itself_is_resized_by_the_bias(caplog):
+    small, large = (timm.create_model(TI, img_size=size).stages[0] for size in (64, (64, 96)))
+    with caplog.at_level("INFO", logger="timm_cmt"):
+        large.load_state_dict(small.state_dict())
+    assert large.rel_pos_bias.weight.shape == (1, 16 * 24, 2 * 3)
     assert "(16, 16)" in caplog.text and "(16, 24)" in caplog.text
 
 
@@ -230,10 +238,13 @@ def test_other_classes_in_a_plain_load_name_the_remedy():
 def test_missing_and_unexpected_entries_are_named_and_strict_false_takes_the_rest():
     weights = authors_weights(TI)
     del weights["_fc.weight"], weights["blocks_a.0.attn.v.weight"]
-    message = refused(timm.create_model(TI), weights)
-    assert "conv_head.conv.weight" in message and "strict=False" in message
+    with pytest.raises(RuntimeError) as error:  # torch's own words, which come after the rest is loaded
+        timm.create_model(TI).load_state_dict(weights)
+    message = str(error.value)
+    assert "final_conv.0.conv.weight" in message
     weights = authors_weights(TI) | {"aux.weight": torch.zeros(1)}
-    assert "aux.weight" in refused(timm.create_model(TI), weights)
+    with pytest.raises(RuntimeError, match="aux.weight"):
+        timm.create_model(TI).load_state_dict(weights)
     model = timm.create_model(TI)
     result = model.load_state_dict(weights, strict=False)
     assert result.unexpected_keys == ["aux.weight"] and not result.missing_keys
@@ -282,7 +293,7 @@ def test_a_grid_that_cannot_be_told_names_the_key_to_add():
     model = timm.create_model(TI, img_size=(96, 160))
     weights = {key: value for key, value in model.state_dict().items() if not key.endswith("query_grid")}
     message = refused(timm.create_model(TI), weights)
-    assert "960 queries, which is no square" in message
+    assert "960 queries and 15 keys, which is no square" in message
     assert "stages.0.rel_pos_bias.query_grid = torch.tensor([height, width])" in message
     for i, grid in enumerate([(24, 40), (12, 20), (6, 10), (3, 5)]):
         weights[f"stages.{i}.rel_pos_bias.query_grid"] = torch.tensor(grid)
@@ -295,12 +306,104 @@ def test_a_grid_that_cannot_be_told_names_the_key_to_add():
 def test_a_bias_that_contradicts_its_grid_is_refused(stage):
     weights = timm.create_model(TI).state_dict()
     weights[f"stages.{stage}.rel_pos_bias.query_grid"] = torch.tensor([7, 9])
-    assert "query grid of 7 x 9" in refused(timm.create_model(TI, img_size=96), weights)
+    assert "query grid of 7 x 9 tokens" in refused(timm.create_model(TI, img_size=96), weights)
 
 
 def test_cmt_l_has_no_weights():
     with pytest.raises(RuntimeError, match="No pretrained weights exist for cmt_l"):
         timm.create_model("cmt_l", pretrained=True)
+
+
+# ---- what people bring: other containers, other precisions, parts
+
+
+@pytest.mark.parametrize("size", [(32, 128), (64, 128)])
+def test_without_grids_the_model_s_own_shape_has_the_model_s_own_grid(size):
+    model = timm.create_model(TI, img_size=size, num_classes=5)
+    floats = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+    other = timm.create_model(TI, img_size=size, num_classes=5)
+    other.load_state_dict(floats, strict=False)
+    for a, b in zip(model.stages, other.stages):
+        assert torch.equal(a.rel_pos_bias.weight, b.rel_pos_bias.weight)
+
+
+def test_a_square_is_guessed_with_a_log_line(caplog):
+    weights = {k: v for k, v in timm.create_model(TI, img_size=64).state_dict().items() if not k.endswith("query_grid")}
+    with caplog.at_level("INFO", logger="timm_cmt"):
+        timm.create_model(TI, img_size=96).load_state_dict(weights, strict=False)
+    assert "stages.0.rel_pos_bias.weight has no grid beside it; taken for the square of 16 x 16 tokens" in caplog.text
+
+
+def test_grids_survive_bfloat16():
+    size = (1036, 64)  # 259 tokens high, which bfloat16 rounds to 260
+    model = timm.create_model(TI, img_size=size)
+    state = {key: value.bfloat16() for key, value in model.state_dict().items()}
+    assert state["stages.0.rel_pos_bias.query_grid"][0] == 260
+    other = timm.create_model(TI, img_size=size)
+    other.load_state_dict(state)
+    assert torch.equal(other.stages[0].rel_pos_bias.weight, model.stages[0].rel_pos_bias.weight.bfloat16().float())
+
+
+def test_the_classifier_s_weights_load_into_features_only_and_back():
+    model, features = timm.create_model(TI, img_size=64), timm.create_model(TI, img_size=64, features_only=True)
+    result = features.load_state_dict(model.state_dict(), strict=False)
+    assert not result.missing_keys and {key.split(".")[0] for key in result.unexpected_keys} == {"final_conv", "head"}
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for a, b in zip(features.eval()(x), model.eval().forward_intermediates(x, intermediates_only=True)):
+            assert torch.equal(a, b)
+    other = timm.create_model(TI, img_size=(64, 96))
+    result = other.load_state_dict(features.state_dict(), strict=False)
+    assert not result.unexpected_keys and {key.split(".")[0] for key in result.missing_keys} == {"final_conv", "head"}
+    assert torch.equal(other.stages[2].blocks[3].attn.q.weight, model.stages[2].blocks[3].attn.q.weight)
+
+
+def test_a_wrapper_takes_another_backbone_s_weights_without_strict():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = timm.create_model(TI)
+
+    result = Detector().load_state_dict({"backbone.layer1.0.conv1.weight": torch.zeros(1)}, strict=False)
+    assert result.unexpected_keys == ["backbone.layer1.0.conv1.weight"]
+
+
+def test_loading_within_the_meta_device_keeps_the_checkpoint_s():
+    state = timm.create_model(TI, img_size=64).state_dict()
+    with torch.device("meta"):
+        model = timm.create_model(TI, img_size=96)
+        model.load_state_dict(state, assign=True)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+    assert model.state_dict()["stages.0.rel_pos_bias.query_grid"].tolist() == [24, 24]
+
+
+def prune_bias(model: nn.Module) -> None:
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(model.stages[1].rel_pos_bias, "weight", 0.2)
+
+
+def parametrize_bias(model: nn.Module) -> None:
+    from torch.nn.utils import parametrizations
+
+    parametrizations.weight_norm(model.stages[1].rel_pos_bias)
+
+
+@pytest.mark.parametrize("change", [prune_bias, parametrize_bias])
+def test_a_changed_bias_loads_its_own_state_dict(change):
+    model, other = (timm.create_model(TI, img_size=64) for _ in range(2))
+    change(model), change(other)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), other.eval()(x))
+
+
+def test_taking_a_state_dict_changes_nothing_in_the_model():
+    model = timm.create_model(TI)
+    before = {name: id(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    model.state_dict()
+    assert before == {name: id(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
 # ---- files

@@ -25,7 +25,7 @@ def test_the_demo_takes_its_options(tmp_path, monkeypatch, capsys):
     assert main(["demo", *options, "--output", str(tmp_path / "out")]) == 0
     assert "--model cmt_xs --img-size 32" in capsys.readouterr().out
     checkpoint = torch.load(tmp_path / "out" / "last.pth.tar", weights_only=False)
-    assert checkpoint["state_dict"]["conv_head.conv.weight"].shape == (1280, 416, 1, 1)
+    assert checkpoint["state_dict"]["final_conv.0.conv.weight"].shape == (1280, 416, 1, 1)
     assert checkpoint["state_dict"]["stages.0.rel_pos_bias.query_grid"].tolist() == [8, 8]
     assert "state_dict_ema" in checkpoint
     assert not list((tmp_path / "out").glob("*.part*"))

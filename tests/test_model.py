@@ -13,8 +13,7 @@ from timm.layers import set_fused_attn
 from torch._subclasses.fake_tensor import FakeTensorMode  # so in torch's documentation
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_cmt import cmt as cmt_module
-from timm_cmt import fused
+from timm_cmt import layers
 
 PARAMETERS = dict(cmt_ti=9_492_426, cmt_xs=15_247_208, cmt_s=26_256_160, cmt_b=45_715_076, cmt_l=74_774_152)
 GMACS = dict(cmt_ti=0.639, cmt_xs=1.547, cmt_s=4.032, cmt_b=9.317, cmt_l=19.499)
@@ -150,7 +149,7 @@ def test_layer_decay_gives_every_block_its_own_rate_and_the_head_the_full_one():
     blocks = [scale[f"stages.{i}.blocks.{j}.attn.q.weight"] for i in range(4) for j in range((2, 2, 10, 2)[i])]
     assert blocks == sorted(blocks) and len(set(blocks)) == 16
     assert scale["stem.conv1.weight"] < blocks[0]
-    assert scale["conv_head.conv.weight"] == blocks[-1] < scale["head.weight"] == 1.0
+    assert scale["final_conv.0.conv.weight"] == blocks[-1] < scale["head.weight"] == 1.0
 
 
 def test_drop_path_rises_linearly_over_all_blocks():
@@ -163,14 +162,14 @@ def test_dropout_arguments_reach_their_layers():
     model = timm.create_model("cmt_ti", drop_rate=0.1, proj_drop_rate=0.2, attn_drop_rate=0.3)
     block = model.stages[2].blocks[3]
     assert model.head_drop.p == 0.1
-    assert [block.attn.proj_drop.p, block.mlp.drop1.p, block.mlp.drop2.p] == [0.2] * 3
+    assert [block.attn.proj_drop.p, block.mlp.dwconv.drop.p, block.mlp.drop.p] == [0.2] * 3
     assert block.attn.attn_drop.p == 0.3
 
 
 def test_act_and_norm_layers_can_be_replaced():
     model = timm.create_model("cmt_ti", act_layer="relu", norm_layer="batchnorm2d").eval()
     block = model.stages[0].blocks[0]
-    assert type(block.mlp.act1).__name__ == type(model.stem.act1).__name__ == "ReLU"
+    assert type(block.mlp.dwconv.act).__name__ == type(model.stem.conv2.act).__name__ == "ReLU"
     assert type(block.norm1).__name__ == type(model.stages[0].downsample.norm).__name__ == "BatchNorm2d"
     assert model(torch.zeros(1, 3, 160, 160)).shape == (1, 1000)
 
@@ -234,15 +233,13 @@ def test_init_weights_after_to_empty_makes_a_whole_model():
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 has no fake GPU where there is no real one")
-@pytest.mark.parametrize("name", ["cmt_ti", "cmt_s"])  # attention by the formula, and by the fused kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_model_on_a_gpu_mixes_in_no_tensor_of_the_cpu(training, recompute, dtype, name, monkeypatch):
+def test_a_model_on_a_gpu_mixes_in_no_tensor_of_the_cpu(training, recompute, dtype, monkeypatch):
     """By fake tensors, which have a device and no values: forward passes alone, since gradients want a real device."""
-    for module in (cmt_module, fused):
-        monkeypatch.setattr(module, "is_plain_tensor", lambda _: True)  # the blocks' paths for real tensors
-    model = timm.create_model(name, **SMALL, recompute_act=recompute, device="meta", dtype=dtype)
+    monkeypatch.setattr(layers, "_is_eager", lambda _: True)  # the way of tensors that have values
+    model = timm.create_model("cmt_ti", **SMALL, recompute_act=recompute, device="meta", dtype=dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(training):
         model.train(training).to_empty(device="cuda")
         for height in (64, 96):  # its own size, and one that the position bias is resized to

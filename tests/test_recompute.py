@@ -10,6 +10,8 @@ from memory import saved_bytes  # of benchmarks/
 from timm.utils import ModelEmaV3
 from torch import nn
 
+SMALL_FEATURES = {key: value for key, value in SMALL.items() if key != "num_classes"}
+
 
 def make(recompute: bool, seed: int = 0, **kwargs) -> nn.Module:
     torch.manual_seed(seed)
@@ -89,7 +91,7 @@ def test_gradient_checkpointing_moves_the_statistics_once_a_step(recompute, mome
                 module.momentum = momentum
     for _ in range(2):
         assert_same_step(plain, other)
-    norm = other.stages[0].blocks[0].mlp.norm3
+    norm = other.stages[0].blocks[0].mlp.norm
     assert int(norm.num_batches_tracked) == 2 and norm.momentum == momentum
 
 
@@ -111,15 +113,15 @@ def test_statistics_that_are_switched_off_stay():
             if isinstance(module, nn.BatchNorm2d):
                 module.track_running_stats = False  # as for a second view of the images
     assert_same_step(plain, other)
-    assert int(other.stem.norm1.num_batches_tracked) == 0
+    assert int(other.stem.conv2.norm.num_batches_tracked) == 0
 
 
 def test_convolutions_that_were_changed():
     plain, other = make(False), make(True)
     for model in (plain, other):
-        model.stages[0].blocks[0].mlp.dwconv.padding_mode = "circular"
-        model.stages[1].blocks[0].mlp.dwconv.bias = None
-        model.stages[2].blocks[0].mlp.dwconv.padding = "same"
+        model.stages[0].blocks[0].mlp.dwconv.conv.padding_mode = "circular"
+        model.stages[1].blocks[0].mlp.dwconv.conv.bias = None
+        model.stages[2].blocks[0].mlp.dwconv.conv.padding = "same"
     assert_same_step(plain, other)
 
 
@@ -143,8 +145,8 @@ def test_running_statistics_are_updated_once_a_use(momentum):
         block = model.stages[2].blocks[0]
         model.stages[2].blocks = nn.ModuleList([block, block])  # a block used twice
     assert_same_step(plain, other)
-    assert int(other.stages[2].blocks[0].mlp.norm1.num_batches_tracked) == 2
-    assert int(other.stages[0].blocks[0].mlp.norm1.num_batches_tracked) == 1
+    assert int(other.stages[2].blocks[0].mlp.dwconv.norm.num_batches_tracked) == 2
+    assert int(other.stages[0].blocks[0].mlp.dwconv.norm.num_batches_tracked) == 1
 
 
 def test_compiled():
@@ -167,17 +169,52 @@ def test_evaluation_and_averaged_copies_are_plain():
         torch.testing.assert_close(torch.jit.script(other)(images()), plain(images()))
 
 
+def test_dropout_other_activations_and_hooks_train_as_without_it():
+    plain, other = (make(r, act_layer="silu", proj_drop_rate=0.2, drop_path_rate=0.2) for r in (False, True))
+    other.stages[0].blocks[0].mlp.conv2.conv.register_forward_hook(lambda *_: None)
+    x = images().double()
+    losses = []
+    for model in (plain.double(), other.double()):
+        torch.manual_seed(3)
+        losses.append(step(model, x))
+    torch.testing.assert_close(losses[0], losses[1])
+    for a, b in zip(other.parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_adapters_train_as_without_it():
+    peft = pytest.importorskip("peft", reason="NOT TESTED: adapters; pip install peft")
+    config = peft.LoraConfig(target_modules=["q", "conv2.conv"], init_lora_weights=False)
+    models = []
+    for recompute in (False, True):
+        model = make(recompute)
+        torch.manual_seed(1)
+        models.append(peft.get_peft_model(model, config).train())
+    for model in models:
+        step(model, images())
+    for (name, a), b in zip(models[1].named_parameters(), models[0].parameters()):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "hook"])
+def test_checkpointing_by_timm_s_feature_extractors_moves_the_statistics_once_a_step(feature_cls):
+    counts = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model("cmt_ti", features_only=True, feature_cls=feature_cls, **SMALL_FEATURES).train()
+        model.set_grad_checkpointing(checkpointing)
+        sum(feature.square().mean() for feature in model(images())).backward()
+        counts.append(dict(model.named_buffers()))
+    for name, value in counts[0].items():
+        torch.testing.assert_close(counts[1][name], value, msg=name)
+
+
 def test_cmt_s_keeps_at_most_55_percent_of_what_the_authors_code_does():
     model = timm.create_model("cmt_s", recompute_act=True).train()
     authors = 257_064_504  # bytes of one image, counted in the same way (benchmarks/memory.py)
     assert saved_bytes(model, images(1, height=224, width=224)) <= 0.55 * authors
-
-
-def test_what_it_cannot_do_is_refused():
-    with pytest.raises(ValueError, match="recompute_act leaves no place for proj_drop_rate 0.1"):
-        make(True, proj_drop_rate=0.1)
-    with pytest.raises(ValueError, match="recompute_act is for GELU alone, not for act_layer silu"):
-        make(True, act_layer="silu")
 
 
 def train_in_parallel(rank: int, init: str, out: str) -> None:

@@ -4,42 +4,44 @@ The authors' layout is that of https://github.com/ggjy/CMT.pytorch. It differs f
 the projections of k and v apart where ours is one.
 """
 
+import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = [
-    "Geometry",
-    "from_authors_layout",
-    "get_weights",
-    "read_geometry",
-    "refuse_incomplete",
-    "refuse_misfit",
-    "refuse_other_network",
-]
+from .rel_pos_bias import RelPosBias
+
+__all__ = ["Shape", "adapt", "from_authors_layout", "get_weights", "read_shape", "refuse_misfit"]
+
+_logger = logging.getLogger(__name__)
 
 # (authors' key, ours); the first match decides. {s} is the stage: a-d there, 0-3 here.
 _AUTHORS_KEYS: list[tuple[str, str]] = [
-    (r"stem_(conv|norm)([1-3])\.", r"stem.\1\2."),
+    (r"stem_conv1\.", r"stem.conv1."),
+    (r"stem_conv([23])\.", r"stem.conv\1.conv."),
+    (r"stem_norm1\.", r"stem.conv2.norm."),
+    (r"stem_norm2\.", r"stem.conv3.norm."),
+    (r"stem_norm3\.", r"stem.norm."),
     (r"patch_embed_{s}\.proj\.", r"stages.{s}.downsample.conv."),
     (r"patch_embed_{s}\.norm\.", r"stages.{s}.downsample.norm."),
     (r"relative_pos_{s}$", r"stages.{s}.rel_pos_bias.weight"),
     (r"blocks_{s}\.(\d+)\.proj\.", r"stages.{s}.blocks.\1.lpu.conv."),
-    (r"blocks_{s}\.(\d+)\.attn\.sr\.0\.", r"stages.{s}.blocks.\1.attn.sr."),
-    (r"blocks_{s}\.(\d+)\.attn\.sr\.1\.", r"stages.{s}.blocks.\1.attn.sr_norm."),
+    (r"blocks_{s}\.(\d+)\.attn\.sr\.0\.", r"stages.{s}.blocks.\1.attn.sr.conv."),
+    (r"blocks_{s}\.(\d+)\.attn\.sr\.1\.", r"stages.{s}.blocks.\1.attn.sr.norm."),
     (r"blocks_{s}\.(\d+)\.attn\.(q|k|v|proj)\.", r"stages.{s}.blocks.\1.attn.\2."),
     (r"blocks_{s}\.(\d+)\.mlp\.conv1\.0\.", r"stages.{s}.blocks.\1.mlp.conv1."),
-    (r"blocks_{s}\.(\d+)\.mlp\.conv1\.2\.", r"stages.{s}.blocks.\1.mlp.norm1."),
-    (r"blocks_{s}\.(\d+)\.mlp\.proj\.", r"stages.{s}.blocks.\1.mlp.dwconv."),
-    (r"blocks_{s}\.(\d+)\.mlp\.proj_bn\.", r"stages.{s}.blocks.\1.mlp.norm2."),
-    (r"blocks_{s}\.(\d+)\.mlp\.conv2\.0\.", r"stages.{s}.blocks.\1.mlp.conv2."),
-    (r"blocks_{s}\.(\d+)\.mlp\.conv2\.1\.", r"stages.{s}.blocks.\1.mlp.norm3."),
+    (r"blocks_{s}\.(\d+)\.mlp\.conv1\.2\.", r"stages.{s}.blocks.\1.mlp.dwconv.norm."),
+    (r"blocks_{s}\.(\d+)\.mlp\.proj\.", r"stages.{s}.blocks.\1.mlp.dwconv.conv."),
+    (r"blocks_{s}\.(\d+)\.mlp\.proj_bn\.", r"stages.{s}.blocks.\1.mlp.conv2.norm."),
+    (r"blocks_{s}\.(\d+)\.mlp\.conv2\.0\.", r"stages.{s}.blocks.\1.mlp.conv2.conv."),
+    (r"blocks_{s}\.(\d+)\.mlp\.conv2\.1\.", r"stages.{s}.blocks.\1.mlp.norm."),
     (r"blocks_{s}\.(\d+)\.(norm[12])\.", r"stages.{s}.blocks.\1.\2."),
-    (r"_fc\.", r"conv_head.conv."),
-    (r"_bn\.", r"conv_head.norm."),
+    (r"_fc\.", r"final_conv.0.conv."),
+    (r"_bn\.", r"final_conv.0.norm."),
     (r"head\.", r"head."),
 ]
 _RENAMES: list[tuple["re.Pattern[str]", str]] = [
@@ -48,6 +50,12 @@ _RENAMES: list[tuple["re.Pattern[str]", str]] = [
     for letter, stage in (zip("abcd", "0123") if "{s}" in pattern else [("", "")])
 ]
 _ONLY_AUTHORS = re.compile(r"(stem_conv|patch_embed_[a-d]\.|relative_pos_[a-d]$|blocks_[a-d]\.|_fc\.|_bn\.)")
+
+# How reparameterization renames a convolution, (plain, folded): by this the two kinds are told apart.
+_FOLDED_KEYS = [
+    (r"(.*\.lpu|.*\.attn\.sr|final_conv\.0)\.conv\.(\w+)$", r"\1.\2"),
+    (r"(stem\.conv[23]|.*\.mlp\.dwconv|.*\.mlp\.conv2)\.conv\.(\w+)$", r"\1.reparam_conv.\2"),
+]
 
 
 def get_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -59,7 +67,10 @@ def get_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def from_authors_layout(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of the authors' layout to ours and join k and v. Another layout comes back as it is."""
+    """Rename the keys of the authors' layout to ours, join k and v, and say that grids are square, as theirs are.
+
+    Another layout comes back as it is.
+    """
     if not any(_ONLY_AUTHORS.match(key) for key in state_dict):
         return dict(state_dict)
     out: dict[str, Any] = {}
@@ -70,10 +81,13 @@ def from_authors_layout(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         key_v, key_kv = key.replace(".attn.k.", ".attn.v."), key.replace(".attn.k.", ".attn.kv.")
         if key_v in out:
             out[key_kv] = torch.cat([out.pop(key), out.pop(key_v)])
+    for key in [key for key in out if key.endswith(".rel_pos_bias.weight")]:
+        side = math.isqrt(out[key].shape[1])
+        out[key.removesuffix("weight") + "query_grid"] = torch.tensor([side, side], device=out[key].device)
     return out
 
 
-class Geometry(NamedTuple):
+class Shape(NamedTuple):
     """What tells the variants apart: widths in channels, depths in blocks."""
 
     stem_width: int
@@ -85,80 +99,63 @@ class Geometry(NamedTuple):
         return f"stem {self.stem_width}, dims {dims}, depths {depths}"
 
 
-def read_geometry(state_dict: Mapping[str, Any]) -> Geometry | None:
-    """The geometry of the network that a state dict in our layout comes from; None where it lacks a stage."""
+def read_shape(state_dict: Mapping[str, Any]) -> Shape | None:
+    """The shape of the network that a state dict in our layout comes from; None where it lacks a stage."""
     stem = state_dict.get("stem.conv1.weight")
     convs = [state_dict.get(f"stages.{i}.downsample.conv.weight") for i in range(4)]
     if stem is None or any(conv is None for conv in convs):
         return None
     blocks = {match.groups() for key in state_dict if (match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key))}
     depths = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4))
-    return Geometry(stem.shape[0], tuple(conv.shape[0] for conv in convs), depths)
+    return Shape(stem.shape[0], tuple(conv.shape[0] for conv in convs), depths)
 
 
-def refuse_other_network(model: nn.Module, state_dict: Mapping[str, Any], variants: Mapping[str, Geometry]) -> None:
-    """Raise if a state dict in our layout is not of this network, whatever its classes, input channels and input size.
+def adapt(
+    state_dict: Mapping[str, Any], model: nn.Module, variants: Mapping[str, Shape], is_whole: bool = True
+) -> dict[str, Any]:
+    """What `model` can load: a state dict of ours or of the authors', with the model's names and image size.
 
     Args:
-        model: The model to load into.
         state_dict: What is to be loaded.
+        model: A CMT, or timm's feature extractor of one, whose stages have other names.
         variants: The known variants, to name in the error.
+        is_whole: The dict is the model's alone, and no part of a larger one.
 
     Raises:
-        RuntimeError: One sentence that says what the state dict is, and what to do.
+        RuntimeError: It is of another network. One sentence says what it is, and what to do.
     """
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if state_dict and not own.keys() & state_dict.keys():
-        first = "stem.conv1.weight"
-        prefix = next((key.removesuffix(first) for key in state_dict if key.endswith(first)), None)
-        if prefix:
-            raise RuntimeError(f"the keys of this checkpoint begin with {prefix!r}; pass it with that taken away")
-        wrapper = next((key for key in ("state_dict", "model") if isinstance(state_dict.get(key), Mapping)), None)
-        if wrapper:
-            raise RuntimeError(f"this is a training checkpoint, not a state dict; pass its {wrapper!r} entry")
-        names = ", ".join(list(state_dict)[:3])
-        raise RuntimeError(
-            f"this checkpoint is not of a CMT: none of its {len(state_dict)} entries ({names}, ...) is in this model; "
-            f"load one that was saved from a CMT, in this package's layout or in the authors'"
-        )
-    theirs, ours = read_geometry(state_dict), read_geometry(own)
+    own = {_common_name(name): name for name in _named_tensors(model)}
+    tensors = {_common_name(name): tensor for name, tensor in from_authors_layout(state_dict).items()}
+    if is_whole and tensors and not own.keys() & tensors.keys():
+        raise RuntimeError(_describe_other(tensors))
+    theirs, ours = read_shape(tensors), read_shape({_common_name(k): v for k, v in _named_tensors(model).items()})
     if theirs and ours and theirs != ours:
-        names_by_geometry = {geometry: name for name, geometry in variants.items()}
-        name = names_by_geometry.get(theirs)
-        remedy = f"create the model as {name!r}" if name else "load a checkpoint of the same network"
+        names = {shape: name for name, shape in variants.items()}
+        remedy = f"create the model as {names[theirs]!r}" if theirs in names else "load one of the same network"
         raise RuntimeError(
-            f"this checkpoint is {name or 'another CMT'} ({theirs}) and the model is "
-            f"{names_by_geometry.get(ours, 'another CMT')} ({ours}); {remedy}"
+            f"this checkpoint is {names.get(theirs, 'another CMT')} ({theirs}) and the model is "
+            f"{names.get(ours, 'another CMT')} ({ours}); {remedy}"
         )
-    if any(".mlp.conv2." in key for key in state_dict) and _is_folded(state_dict) != _is_folded(own):
-        # Everything that both have is of the same shape, and would load without `strict`.
-        raise RuntimeError(
-            "this checkpoint is of a reparameterized model; load it into timm.utils.reparameterize_model(model)"
-            if _is_folded(state_dict)
-            else "this model is reparameterized and the checkpoint is of a plain one; load it before you reparameterize"
-        )
+    _refuse_other_kind(own.keys(), tensors.keys())
+    for name, module in model.named_modules():
+        if isinstance(module, RelPosBias):
+            old = module.resize_in(tensors, _common_name(f"{name}."))
+            if old not in (None, module.query_size) and _common_name(name).startswith("stages.0."):
+                sides = [4 * side for side in (*old, *module.query_size)]  # the first stage lies at stride 4
+                _logger.info("Resized the relative position bias from %d x %d to %d x %d pixels", *sides)
+    return {own.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def _is_folded(names: Iterable[str]) -> bool:
-    return not any(re.search(r"\.mlp\.norm[23]\.", name) for name in names)
-
-
-def refuse_misfit(model: nn.Module, state_dict: Mapping[str, Any], variants: Mapping[str, Geometry]) -> None:
-    """Raise if a tensor of a state dict in our layout does not fit `model`, whatever the input size.
-
-    Args:
-        model: The model to load into.
-        state_dict: What is to be loaded.
-        variants: The known variants, to name in the error.
+def refuse_misfit(state_dict: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise if a tensor of an adapted state dict has not the shape that it has in `model`.
 
     Raises:
-        RuntimeError: One sentence that says what the state dict is, or which tensors do not fit, and what to do.
+        RuntimeError: One sentence that says which tensors do not fit, and what to do.
     """
-    refuse_other_network(model, state_dict, variants)
     misfits = []
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in _named_tensors(model).items():
         shape = getattr(state_dict.get(name, tensor), "shape", None)
-        if shape != tensor.shape and ".rel_pos_bias." not in name:
+        if shape != tensor.shape:
             misfits.append(
                 f"{name} is {'no tensor' if shape is None else tuple(shape)} there, {tuple(tensor.shape)} here"
             )
@@ -168,24 +165,52 @@ def refuse_misfit(model: nn.Module, state_dict: Mapping[str, Any], variants: Map
             remedy = "timm.create_model(..., pretrained=True, in_chans=...) adapts weights to other input channels"
         elif misfits[0].startswith("head."):
             remedy = "timm.create_model(..., pretrained=True, num_classes=...) adapts weights to other classes"
-        raise RuntimeError(f"this checkpoint does not fit the model: {_first(misfits)}; {remedy}")
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise RuntimeError(f"this checkpoint does not fit the model: {', '.join(misfits[:3])}{more}; {remedy}")
 
 
-def refuse_incomplete(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Raise if a state dict in our layout has not exactly the model's entries.
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
-    The grid of a bias (the authors' layout has none) and torch's counters need not be there.
 
-    Raises:
-        RuntimeError: One sentence that names what is missing or too much, and what to do.
+def _common_name(name: str) -> str:
+    """The name in a CMT of what timm's feature extractors call otherwise."""
+    return re.sub(r"^(?:model\.|body\.)?(?:stages_(\d+)\.)?", lambda m: f"stages.{m[1]}." if m[1] else "", name)
+
+
+def _refuse_other_kind(own: Iterable[str], given: Iterable[str]) -> None:
+    """Raise where one is of a reparameterized model and the other is not.
+
+    What both have is of the same shape, and would load without `strict` to wrong outputs.
     """
-    own = [*dict(model.named_parameters()), *dict(model.named_buffers())]
-    missing = [name for name in own if name not in state_dict and not name.endswith(("query_grid", "_tracked"))]
-    unexpected = [name for name in state_dict if name not in set(own)]
-    for problem, names in (("lacks", missing), ("has, and the model has not,", unexpected)):
-        if names:
-            raise RuntimeError(f"this checkpoint {problem} {_first(names)}; pass strict=False to load the rest")
+    own, given = set(own), set(given)
+    if {_folded_name(name) for name in own} & given - own:
+        raise RuntimeError(
+            "this checkpoint is of a reparameterized model; load it into timm.utils.reparameterize_model(model)"
+        )
+    if own & {_folded_name(name) for name in given - own}:
+        raise RuntimeError(
+            "this model is reparameterized and the checkpoint is of a plain one; load it before you reparameterize"
+        )
 
 
-def _first(items: list[str]) -> str:
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+def _folded_name(name: str) -> str:
+    """What a plain model's tensor is called in a reparameterized one."""
+    for plain, folded in _FOLDED_KEYS:
+        name = re.sub(plain, folded, name)
+    return name
+
+
+def _describe_other(tensors: Mapping[str, Any]) -> str:
+    """Why a state dict that shares no name with the model is not one of it."""
+    first = "stem.conv1.weight"
+    prefix = next((name.removesuffix(first) for name in tensors if name.endswith(first)), None)
+    if prefix:
+        return f"the keys of this checkpoint begin with {prefix!r}; pass it with that taken away"
+    wrapper = next((key for key in ("state_dict", "model") if isinstance(tensors.get(key), Mapping)), None)
+    if wrapper:
+        return f"this is a training checkpoint, not a state dict; pass its {wrapper!r} entry"
+    return (
+        f"this checkpoint is not of a CMT: none of its {len(tensors)} entries ({', '.join(list(tensors)[:3])}, ...) is "
+        f"in this model; load one that was saved from a CMT, in this package's layout or in the authors'"
+    )

@@ -6,20 +6,24 @@ rows of it may lie at opposite edges of the image.
 """
 
 import logging
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["RelPosBias", "resize_rel_pos_bias"]
+__all__ = ["RelPosBias", "is_without_grad", "resize_rel_pos_bias"]
 
 _logger = logging.getLogger(__name__)
 
-# Older resized biases are dropped once those of one stage take more than this; the newest is always kept.
-_MAX_RESIZED_BYTES = 64 * 2**20
+
+def is_without_grad() -> bool:
+    """Are there no gradients? Never in a trace, whose check runs without them and wants the same operators."""
+    return not torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 
+@torch.fx.wrap  # whether it resizes depends on the sizes, which FX cannot follow
 def resize_rel_pos_bias(
     bias: Tensor,
     query_grid: tuple[int, int],
@@ -30,7 +34,7 @@ def resize_rel_pos_bias(
     """Resize a relative position bias: bicubic over the query grid, then over the key grid.
 
     [heads, Hq * Wq, Hk * Wk] -> [heads, Hq' * Wq', Hk' * Wk'], tokens in row-major order. Differentiable, pure.
-    Computed in float32 (float64 stays float64) and returned in the dtype of `bias`; on equal grids, `bias` itself.
+    Computed in float32 (float64 stays float64) and returned in the dtype of `bias`; on equal grids, `bias` as it is.
 
     Args:
         bias: The bias of one stage.
@@ -49,14 +53,21 @@ def resize_rel_pos_bias(
             f"{query_grid[0]} x {query_grid[1]} and a key grid of {key_grid[0]} x {key_grid[1]} tokens; "
             f"pass the grids that it was made for"
         )
-    if query_grid == new_query_grid and key_grid == new_key_grid:
-        return bias
     grid = [query_grid[0], query_grid[1], key_grid[0], key_grid[1]]
     new_grid = [new_query_grid[0], new_query_grid[1], new_key_grid[0], new_key_grid[1]]
-    if not torch.jit.is_scripting():  # which knows no such question
-        if bias.device.type != "meta" and torch.is_autocast_enabled(bias.device.type):  # there is none on "meta"
-            with torch.autocast(bias.device.type, enabled=False):
-                return _resize_axes(bias, grid, new_grid)
+    if torch.jit.is_scripting():
+        return bias if grid == new_grid else _resize_axes(bias, grid, new_grid)
+    else:  # TorchScript reads what comes after an if, and knows no autocast by name
+        return _resize_in_float32(bias, grid, new_grid)
+
+
+def _resize_in_float32(bias: Tensor, grid: list[int], new_grid: list[int]) -> Tensor:
+    is_symbolic = any(isinstance(side, torch.SymInt) for side in new_grid)  # exported for any size
+    if not is_symbolic and grid == new_grid:
+        return bias
+    if bias.device.type != "meta" and torch.is_autocast_enabled(bias.device.type):  # there is none on "meta"
+        with torch.autocast(bias.device.type, enabled=False):
+            return _resize_axes(bias, grid, new_grid)
     return _resize_axes(bias, grid, new_grid)
 
 
@@ -91,8 +102,6 @@ class RelPosBias(nn.Module):
         sr_ratio: Reduction k of the key grid, on each side.
     """
 
-    __jit_ignored_attributes__ = ["_resized"]  # TorchScript resizes in every call
-
     def __init__(self, num_heads: int, query_size: tuple[int, int], sr_ratio: int = 1, device=None, dtype=None):
         super().__init__()
         self.sr_ratio = sr_ratio
@@ -103,10 +112,8 @@ class RelPosBias(nn.Module):
             torch.empty(num_heads, query_size[0] * query_size[1], key_size[0] * key_size[1], device=device, dtype=dtype)
         )
         self.register_buffer("query_grid", torch.empty(2, device=device, dtype=torch.int64))
-        # The weight and what was resized from it. Replaced as a whole, never edited, since threads share it.
-        self._resized: tuple[Tensor, int, dict[tuple[int, int], Tensor]] | None = None
         self.register_load_state_dict_pre_hook(_resize_checkpoint)
-        self.register_state_dict_pre_hook(_renew_query_grid)
+        self.register_state_dict_post_hook(_write_query_grid)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -125,69 +132,29 @@ class RelPosBias(nn.Module):
         weight = self._resize(self.weight.detach(), query_size[0], query_size[1])
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self.query_size = query_size
-        self._resized = None
-        _renew_query_grid(self)
-
-    def train(self, mode: bool = True) -> "RelPosBias":
-        """Entering training also drops what has been resized: FSDP's writes go unseen (see `_is_unchanged`)."""
-        if mode:
-            self._resized = None
-        return super().train(mode)
+        self.query_grid = self.query_grid.new_tensor(query_size)
 
     def forward(self, height: int, width: int) -> Tensor:
-        """-> [heads, height * width, keys], for a feature map of `height` x `width` tokens."""
+        """-> [1, heads, height * width, keys], for a feature map of `height` x `width` tokens."""
         weight = self.weight
-        if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.is_grad_enabled():
-            weight = weight.detach()  # torch's FLOP counter cannot follow, without grad, a module's own parameter
-        if height == self.query_size[0] and width == self.query_size[1]:
-            return weight
-        if torch.jit.is_scripting():
-            return self._resize(weight, height, width)
-        return self._remembered(weight, height, width)
+        if is_without_grad():
+            # SDPA takes its slow way for a mask that wants gradients, even where there are none, and torch's FLOP
+            # counter cannot follow a module that returns its own parameter.
+            weight = weight.detach()
+        return self._resize(weight, height, width).unsqueeze(0)  # SDPA's CPU kernel accepts only 4-D masks
 
     def _resize(self, weight: Tensor, height: int, width: int) -> Tensor:
         k = self.sr_ratio
         H, W = self.query_size
         return resize_rel_pos_bias(weight, (H, W), (H // k, W // k), (height, width), (height // k, width // k))
 
-    @torch.jit.unused
-    def _remembered(self, weight: Tensor, height: int, width: int) -> Tensor:
-        """`_resize`, computed once per size for as long as the weight stays what it was."""
-        if torch.jit.is_tracing():
-            height, width = int(height), int(width)  # a trace is of one size
-            if not torch.onnx.is_in_onnx_export() or self.training:
-                return self._resize(weight, height, width)
-            # Into ONNX goes, as a constant, what has been resized before, with no interpolation.
-            weight = weight.detach()
-        if weight.requires_grad or torch.compiler.is_compiling() or not is_plain_tensor(weight):
-            return self._resize(weight, height, width)
-        size, held = (height, width), self._resized
-        with torch.inference_mode(False), torch.no_grad():  # training may use what is kept, so no inference tensors
-            if held is None or not _is_unchanged(weight, held[0], held[1]):
-                held = (_snapshot(weight), _version(weight), {})
-            seen, version, resized = held
-            if size in resized:
-                return resized[size]
-            bias = self._resize(weight, height, width)
-        kept, room = [(size, bias)], _MAX_RESIZED_BYTES - bias.nbytes
-        for other in reversed(resized):  # newest first
-            room -= resized[other].nbytes
-            if room < 0:
-                break
-            kept.append((other, resized[other]))
-        self._resized = (seen, version, dict(reversed(kept)))
-        return bias
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__, _resized=None)  # copies and pickles carry the weight alone
-
     def find_query_size(self, weight: Tensor, query_grid: Tensor | None, name: str) -> tuple[int, int]:
         """The query grid that a checkpoint's bias lies on.
 
         Args:
             weight: The checkpoint's bias.
-            query_grid: The grid recorded with it; None in layouts that record none, which are square.
-            name: The bias's key, for the error.
+            query_grid: The grid recorded with it; None in layouts that record none.
+            name: The bias's key, for messages.
 
         Raises:
             RuntimeError: The bias is not one of this stage, or its grid cannot be told.
@@ -196,83 +163,60 @@ class RelPosBias(nn.Module):
         if weight.ndim != 3 or weight.shape[0] != heads:
             raise RuntimeError(f"{name} has the shape {tuple(weight.shape)}; this stage needs ({heads}, queries, keys)")
         queries, keys = weight.shape[1:]
-        if query_grid is None:
-            side = round(queries**0.5)
-            if side * side != queries:
-                raise RuntimeError(
-                    f"{name} has {queries} queries, which is no square, and the checkpoint does not say on which grid "
-                    f"they lie; add the key {name.rpartition('.')[0]}.query_grid = torch.tensor([height, width]) to it"
-                )
-            size = (side, side)
-        else:
-            size = (round(float(query_grid[0])), round(float(query_grid[1])))  # averaged checkpoints hold floats
-        key_size = self.key_size(size)
-        if size[0] * size[1] != queries or key_size[0] * key_size[1] != keys:
+        grids = [(h, queries // h) for h in range(1, queries + 1) if queries % h == 0]
+        grids = [grid for grid in grids if math.prod(self.key_size(grid)) == keys]
+        if query_grid is None or query_grid.is_meta:
+            if weight.shape == self.weight.shape:
+                return self.query_size
+            side = math.isqrt(queries)
+            if (side, side) in grids:
+                _logger.info("%s has no grid beside it; taken for the square of %d x %d tokens", name, side, side)
+                return side, side
             raise RuntimeError(
-                f"{name} has {queries} queries and {keys} keys, but a query grid of {size[0]} x {size[1]} tokens "
-                f"reduced by {self.sr_ratio} has {size[0] * size[1]} and {key_size[0] * key_size[1]}; "
-                f"the checkpoint was not made by this network, or was edited"
+                f"{name} has {queries} queries and {keys} keys, which is no square grid, and the checkpoint does not "
+                f"say on which grid they lie; add the key {name.removesuffix('weight')}query_grid = "
+                f"torch.tensor([height, width]) to it"
             )
-        return size
+        height, width = (float(side) for side in query_grid)
+        for h, w in grids:  # a bfloat16 holds no more than 8 bits of a side
+            if abs(h - height) <= h / 256 and abs(w - width) <= w / 256:
+                return h, w
+        raise RuntimeError(
+            f"{name} has {queries} queries and {keys} keys, which do not lie on the query grid of "
+            f"{height:g} x {width:g} tokens, reduced by {self.sr_ratio}, that is recorded beside it; "
+            f"the checkpoint was not made by this network, or was edited"
+        )
 
     def resize_in(self, state_dict: dict[str, Any], prefix: str) -> tuple[int, int] | None:
         """Bring the bias in a state dict to this module's grid; returns the grid it had, None if there is no bias."""
-        weight = state_dict.get(f"{prefix}weight")
-        if weight is None:
-            state_dict.pop(f"{prefix}query_grid", None)  # says nothing without its bias
-            return None
-        size = self.find_query_size(weight, state_dict.get(f"{prefix}query_grid"), f"{prefix}weight")
-        k = self.sr_ratio
-        H, W = self.query_size
-        state_dict[f"{prefix}weight"] = resize_rel_pos_bias(weight, size, self.key_size(size), (H, W), (H // k, W // k))
-        state_dict[f"{prefix}query_grid"] = torch.tensor(self.query_size)
+        weight, grid = state_dict.get(f"{prefix}weight"), f"{prefix}query_grid"
+        size = None
+        if weight is not None:
+            size = self.find_query_size(weight, state_dict.get(grid), f"{prefix}weight")
+            k = self.sr_ratio
+            H, W = self.query_size
+            state_dict[f"{prefix}weight"] = resize_rel_pos_bias(
+                weight, size, self.key_size(size), (H, W), (H // k, W // k)
+            )
+        if weight is not None or grid in state_dict:  # a grid alone says nothing: the bias is another's, or stays
+            device = self.query_grid.device if weight is None else weight.device
+            state_dict[grid] = torch.tensor(self.query_size, device=device)
         return size
 
     def extra_repr(self) -> str:
-        heads, queries, keys = self.weight.shape
-        return f"heads={heads}, query_size={self.query_size}, key_size={self.key_size(self.query_size)}"
+        return f"heads={self.weight.shape[0]}, query_size={self.query_size}, key_size={self.key_size(self.query_size)}"
 
 
-def _renew_query_grid(module: RelPosBias, *_: Any) -> None:
-    # Before a state dict is taken: averages of weights (timm's ModelEma and ModelEmaV2) round integers down.
-    module.query_grid = module.query_grid.new_tensor(module.query_size)
+def _write_query_grid(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    # Averages of weights (timm's ModelEma and ModelEmaV2) round the integers of the buffer down.
+    assert isinstance(module, RelPosBias)
+    state_dict[f"{prefix}query_grid"] = module.query_grid.new_tensor(module.query_size)
 
 
-def _resize_checkpoint(module: RelPosBias, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _resize_checkpoint(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     # The model's own hook has resized before, and refused what does not fit before anything was copied. This is for
-    # stages that timm takes out of the model (features_only); what is refused here comes after the stem was copied.
+    # stages that others take out of the model.
+    assert isinstance(module, RelPosBias)
     size = module.resize_in(state_dict, prefix)
     if size is not None and size != module.query_size:
         _logger.info("Resized %sweight from a grid of %s to one of %s tokens", prefix, size, module.query_size)
-
-
-def is_plain_tensor(x: Any) -> bool:
-    """A tensor whose values can be read: no fake, distributed or dual one, no proxy of FX, nothing under torch.func."""
-    if type(x) not in (Tensor, nn.Parameter) or x.device.type == "meta":
-        return False
-    if torch._C._are_functorch_transforms_active():  # vmap, grad and the like; no public name tells
-        return False
-    return torch.autograd.forward_ad.unpack_dual(x).tangent is None
-
-
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
-
-
-def _snapshot(weight: Tensor) -> Tensor:
-    # The alias keeps an accelerator's memory from being given to another tensor, whose address would look the same.
-    return weight.clone() if weight.device.type == "cpu" else weight.detach()
-
-
-def _is_unchanged(weight: Tensor, seen: Tensor, version: int) -> bool:
-    """Is `weight` still what was `seen`?
-
-    On the CPU the values are compared, which misses nothing and takes microseconds. On an accelerator that would make
-    the host wait, so autograd's version counter decides; it sees every edit but those in place through ``.data``, and
-    FSDP's gathering, which `train` is there for.
-    """
-    if weight.dtype != seen.dtype or weight.device != seen.device or weight.shape != seen.shape:
-        return False
-    if weight.device.type == "cpu":
-        return torch.equal(weight, seen)
-    return weight.data_ptr() == seen.data_ptr() and _version(weight) == version

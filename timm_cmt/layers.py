@@ -1,0 +1,282 @@
+"""The layers that timm and torch do not have, and all that CMT knows of memory layout, kernels and recomputation."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import GELU, LayerType, get_act_layer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from torchvision.ops import FrozenBatchNorm2d
+
+from .rel_pos_bias import is_without_grad
+
+__all__ = ["ActNormConv", "ConvNorm", "attend", "fold_norm_after", "plain_conv", "run_block"]
+
+
+class ActNormConv(nn.Module):
+    """Conv(Y), or Conv(Y) + Y with a shortcut, of Y = BatchNorm(GELU(X)). Stem and IRFFN consist of such units.
+
+    Args:
+        conv: The convolution. With a shortcut, it is depth-wise and keeps the size.
+        shortcut: Add Y.
+        act_layer: The activation, element by element.
+        drop: Dropout probability after the norm.
+    """
+
+    shortcut: torch.jit.Final[bool]
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        shortcut: bool = False,
+        act_layer: LayerType = nn.GELU,
+        drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.act = get_act_layer(act_layer)()
+        self.norm = nn.BatchNorm2d(conv.in_channels, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+        self.conv = conv
+        self.shortcut = shortcut
+        self.reparam_conv: nn.Conv2d | None = None  # takes the place of `conv` in a folded model
+
+    def forward(self, x: Tensor) -> Tensor:
+        overwrite = False
+        if torch.jit.is_scripting():
+            y = self.norm(self.act(x))
+        else:
+            overwrite = self._can_overwrite(x)
+            y = _act_norm(x, self.act, self.norm, overwrite)
+        y = self.drop(y)
+        if self.reparam_conv is not None:
+            return self.reparam_conv(y)
+        out = self.conv(y)
+        if self.shortcut:
+            return out.add_(y) if overwrite else out + y
+        return out
+
+    def _can_overwrite(self, x: Tensor) -> bool:
+        """May norm and shortcut write over their inputs, which nobody else has? On the CPU, new memory costs more."""
+        if not _is_eager(x) or torch.is_grad_enabled() or not x.is_cpu or x.dtype != torch.float32:
+            return False
+        norm, conv = self.norm, self.conv if self.reparam_conv is None else self.reparam_conv
+        is_affine = type(norm) is nn.BatchNorm2d and norm.running_mean is not None and not norm.training
+        return is_affine and not any(map(_has_hooks, (self.act, norm, conv)))
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the shortcut and, where it can be done, the norm into the convolution, for inference.
+
+        The norm before a padded convolution stays: it does not move the zeros of the padding.
+
+        Raises:
+            RuntimeError: What stands there cannot be folded.
+        """
+        if self.reparam_conv is not None:
+            return
+        conv = plain_conv(self.conv)
+        with torch.no_grad():
+            if self.shortcut:
+                conv.weight[:, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] += 1
+            elif conv.padding == (0, 0) and conv.groups == 1:
+                scale, shift = scale_and_shift(self.norm)
+                conv.bias += conv.weight.sum((2, 3)) @ shift
+                conv.weight *= scale[:, None, None]
+                self.norm = nn.Identity()
+        self.reparam_conv = conv
+        del self.conv
+
+
+class ConvNorm(nn.Module):
+    """A convolution, then BatchNorm.
+
+    Args:
+        in_dim: Channels of the input.
+        dim: Channels of the output.
+        kernel_size: Of the convolution; its stride is the same, so that its windows do not overlap.
+        groups: Of the convolution.
+    """
+
+    def __init__(self, in_dim: int, dim: int, kernel_size: int = 1, groups: int = 1, device=None, dtype=None):
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride=kernel_size, groups=groups, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm2d(dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Conv2d:
+        """One convolution that does both, for inference.
+
+        Raises:
+            RuntimeError: What stands there cannot be folded.
+        """
+        return fold_norm_after(plain_conv(self.conv), self.norm)
+
+
+# ---- folding
+
+
+def plain_conv(conv: nn.Module) -> nn.Conv2d:
+    """A plain copy of a convolution, with the weight that it has now: pruned, weight-normed or parametrized or not.
+
+    Raises:
+        RuntimeError: It is another layer, such as an adapter or a quantized convolution.
+    """
+    if not isinstance(conv, nn.Conv2d) or (type(conv) is not nn.Conv2d and not parametrize.is_parametrized(conv)):
+        raise RuntimeError(
+            f"a {type(conv).__name__} cannot be reparameterized; merge adapters and reparameterize before quantizing"
+        )
+    with torch.no_grad():
+        if not isinstance(conv.weight, nn.Parameter):  # pruning and weight norm renew it in the forward pass
+            conv(conv.weight.new_zeros(1, conv.in_channels, *conv.kernel_size))
+        plain = nn.Conv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            padding_mode=conv.padding_mode,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+        plain.weight.copy_(conv.weight)
+        plain.bias.copy_(conv.bias) if conv.bias is not None else plain.bias.zero_()
+    return plain.train(conv.training)
+
+
+def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm in evaluation, synchronised or frozen as it may be, multiplies each channel by and adds to it.
+
+    Raises:
+        RuntimeError: It is another layer, or has no running statistics.
+    """
+    kinds = nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d
+    if not isinstance(norm, kinds) or norm.running_mean is None:
+        raise RuntimeError(
+            f"a {type(norm).__name__} without running statistics cannot be reparameterized; use the model as it is"
+        )
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
+
+
+@torch.no_grad()
+def fold_norm_after(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+    """`conv`, changed so that it does what it did, then `norm` in evaluation."""
+    scale, shift = scale_and_shift(norm)
+    conv.weight *= scale[:, None, None, None]
+    conv.bias.mul_(scale).add_(shift)
+    return conv
+
+
+# ---- memory layout and kernels
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """The same [B, C, H, W], channels-last in memory, by operators that vmap and every exporter know."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_p: float) -> Tensor:
+    """softmax(q k^T * scale + bias) v by torch's fused kernels.
+
+    [B, heads, N, d], [B, heads, M, d] twice, [1, heads, N, M] -> [B, heads, N, d]
+    """
+    if q.device.type == "cpu" and not is_without_grad():
+        # The CPU's fused kernel has no gradient of the bias. torch.func's transforms choose it all the same, and
+        # exporters take it for what it is not.
+        attn = (q * scale) @ k.transpose(-2, -1) + bias
+        return F.dropout(attn.softmax(dim=-1), dropout_p) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+def _act_norm(x: Tensor, act: nn.Module, norm: nn.Module, overwrite: bool) -> Tensor:
+    if not _is_eager(x) or type(act) not in (nn.GELU, GELU) or _has_hooks(act):
+        return norm(act(x))
+    # The CPU's fast GELU takes contiguous tensors only. A channels-last map is one with its axes in memory's order.
+    y = act(x.permute(0, 2, 3, 1))
+    if overwrite:
+        scale, shift = scale_and_shift(norm)
+        return y.mul_(scale).add_(shift).permute(0, 3, 1, 2)
+    return norm(y.permute(0, 3, 1, 2))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    # No public name tells of hooks. Offloading tools replace `forward`.
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Is x a tensor with values, computed with operator by operator? Not while tracing, compiling or exporting."""
+    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return type(x) is Tensor and not recorded and not _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Does one of torch.func's transforms run (grad, vmap, ...)? No public name tells."""
+    return torch._C._are_functorch_transforms_active()
+
+
+# ---- recomputation
+
+
+def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool = False, keep_products: bool = False) -> Tensor:
+    """block(*inputs), computed again in the backward pass if asked; BatchNorm's running statistics move once.
+
+    Args:
+        block: The module.
+        inputs: Its inputs.
+        checkpointing: Keep the inputs alone for the backward pass.
+        keep_products: Keep what convolutions, matrix products and attention return as well, so that only what is
+            element-wise is computed again. Left to `torch.compile`, which decides this by itself.
+    """
+    if not _is_eager(inputs[0]):
+        return torch_checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
+    # A forward pass within a backward pass is a checkpoint's second one, whoever made the checkpoint (timm's feature
+    # extractors make their own). No public name tells of a backward pass.
+    with _statistics_kept(block) if torch._C._current_graph_task_id() != -1 else nullcontext():
+        if not checkpointing and not keep_products:
+            return block(*inputs)
+        contexts = partial(_make_contexts, block, keep_products and not checkpointing)
+        return torch_checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _make_contexts(block: nn.Module, keep_products: bool) -> tuple[Any, Any]:
+    """What torch's checkpoint runs the first and the second forward pass in."""
+    if not keep_products:
+        return nullcontext(), _statistics_kept(block)
+    first, second = create_selective_checkpoint_contexts(_is_kept)
+    return first, _statistics_kept(block, second)
+
+
+def _is_kept(_: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_product = any(word in str(op) for word in ("convolution", "mm", "attention"))
+    return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _statistics_kept(block: nn.Module, mode: AbstractContextManager[Any] | None = None) -> Iterator[None]:
+    """BatchNorms in training leave their running statistics as they are; `mode` sees none of what that takes."""
+    norms = [m for m in block.modules() if m.training and getattr(m, "num_batches_tracked", None) is not None]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm, _, count in before:
+            norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
+        with mode or nullcontext():
+            yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
