@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 GradCAM = pytest.importorskip(
-    "pytorch_grad_cam", reason="NOT TESTED: Grad-CAM; pip install grad-cam and run pytest tests/integration/test_gradcam.py"
+    "pytorch_grad_cam",
+    reason="NOT TESTED: Grad-CAM; pip install grad-cam and run pytest tests/integration/test_gradcam.py",
 ).GradCAM
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # more wait for each other where the cores are busy

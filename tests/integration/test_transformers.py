@@ -8,7 +8,7 @@ import torch
 from common import authors_weights
 from PIL import Image
 
-from timm_cmt.hub import convert
+from timm_cmt.cli.convert import convert
 
 transformers = pytest.importorskip("transformers", reason="NOT TESTED: transformers; pip install transformers")
 
@@ -18,7 +18,7 @@ def folder(tmp_path_factory) -> Path:
     """cmt_ti as `timm-cmt convert` writes it."""
     folder = tmp_path_factory.mktemp("transformers")
     torch.save(dict(model=authors_weights("cmt_ti")), folder / "cmt_tiny.pth")
-    convert("cmt_ti", folder / "cmt_ti.in1k", folder / "cmt_tiny.pth")
+    convert(folder / "cmt_tiny.pth", folder / "cmt_ti.in1k", dict(model="cmt_ti"))
     return folder / "cmt_ti.in1k"
 
 
