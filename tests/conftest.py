@@ -28,6 +28,12 @@ def pytest_terminal_summary(terminalreporter, config):
         )
 
 
+@pytest.fixture(autouse=True)
+def nothing_published(monkeypatch):
+    """The tests are of the package as it is before `timm-cmt publish`, whatever hub.json records by now."""
+    monkeypatch.setattr("timm_cmt.weights.read_record", lambda: {"org": "", "commits": {}})
+
+
 @pytest.fixture
 def torch_home(tmp_path, monkeypatch):
     """An empty TORCH_HOME of this test's own; returns the folder that torch.hub keeps checkpoints in."""
