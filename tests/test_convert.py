@@ -138,7 +138,7 @@ def test_options_go_before_what_the_checkpoint_says(path, out, capsys):
 
 
 def test_a_plain_state_dict_needs_options_and_says_what_is_assumed(path, out, capsys):
-    model = small(img_size=(64, 96), in_chans=2).eval()
+    model = small(img_size=(64, 96), in_chans=1).eval()
     torch.save(model.state_dict(), path)
     assert "does not say which model it is of; give --model" in fail(capsys, path, "--out", out)
     assert "if it was built with arguments of its own, give them by --model-kwargs" in fail(
@@ -146,11 +146,11 @@ def test_a_plain_state_dict_needs_options_and_says_what_is_assumed(path, out, ca
     )
     assert main(["convert", str(path), "--out", str(out), "--model", "cmt_ti", "--model-kwargs", "depths=1,1,2,1"]) == 0
     config = json.loads((out / "config.json").read_text())
-    assert config["num_classes"] == 10 and config["pretrained_cfg"]["input_size"] == [2, 64, 96]
+    assert config["num_classes"] == 10 and config["pretrained_cfg"]["input_size"] == [1, 64, 96]
     assert "10 classes at 64 x 96" in ModelCard.load(out / "README.md").text
     printed = capsys.readouterr().out
     assert "crop_pct: 0.875 (assumed, the model's default)" in printed and "label_names: unknown" in printed
-    assert "mean: 0.449 0.449 (assumed, the model's default, averaged)" in printed
+    assert "mean: 0.449 (assumed, the model's default, averaged)" in printed
     state = load_file(out / "model.safetensors")
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -117,7 +118,10 @@ def _compare(model: CMT, folder: Path) -> None:
         same = torch.equal(model.eval()(images), loaded.eval()(images))
     state, expected = loaded.state_dict(), model.state_dict()
     if not same or state.keys() != expected.keys() or not all(torch.equal(state[key], expected[key]) for key in state):
-        raise RuntimeError("what was written does not load back as it was, so it is removed; please report this")
+        raise RuntimeError(
+            f"timm {timm.__version__} does not load what was written as it was, so it is removed; "
+            "try a newer timm, or report this"
+        )
 
 
 def _to_text(value: Any) -> str:
