@@ -11,6 +11,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # several processes (pytest -n) a
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
+# The tests, and the programs that they start, load the authors' release, whatever has been published by now.
+os.environ["TIMM_CMT_HUB_ORG"] = ""
+
 INTEGRATION = Path(__file__).parent / "integration"
 
 
@@ -26,12 +29,6 @@ def pytest_terminal_summary(terminalreporter, config):
             "NOT TESTED: other programs (timm's suite and scripts, the Hub, exporters, detection, the demo). "
             "Run pytest tests/integration -n 2 --dist loadfile"
         )
-
-
-@pytest.fixture(autouse=True)
-def nothing_published(monkeypatch):
-    """The tests are of the package as it is before `timm-cmt publish`, whatever hub.json records by now."""
-    monkeypatch.setattr("timm_cmt.weights.read_record", lambda: {"org": "", "commits": {}})
 
 
 @pytest.fixture

@@ -73,9 +73,7 @@ def assert_same(model, out, channels: int = 3):
 
 def test_convert_without_a_checkpoint_is_the_authors_release_whatever_is_published(release, out, monkeypatch):
     monkeypatch.setenv("TIMM_CMT_HUB_ORG", "nobody")
-    monkeypatch.setattr(
-        "timm_cmt.weights.read_record", lambda: dict(org="nobody", commits={"cmt_ti.in1k": "0" * 40}), raising=False
-    )
+    monkeypatch.setattr("timm_cmt.weights.get_hub_id", lambda name: f"nobody/{name}@{'0' * 40}")
     assert main(["convert", "--model", "cmt_ti", "--out", str(out)]) == 0
     assert sorted(file.name for file in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     committed = PARITY.parents[1] / "hub_configs" / "cmt_ti.in1k"

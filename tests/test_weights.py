@@ -12,7 +12,6 @@ from common import RELEASE_FILES, SMALL, authors_weights
 
 from timm_cmt import weights
 
-READ_RECORD = weights.read_record  # before conftest puts an empty one in its place
 URL = f"https://nowhere.invalid/{RELEASE_FILES['cmt_ti']}"
 
 
@@ -181,8 +180,10 @@ def test_an_error_is_one_traceback_with_advice_that_the_command_line_can_follow_
 def test_the_hub_is_the_source_of_what_hub_json_records(text, tmp_path, monkeypatch):
     if text:
         (tmp_path / "hub.json").write_text(text)
-    monkeypatch.setattr(weights, "read_record", READ_RECORD)
+    monkeypatch.delenv("TIMM_CMT_HUB_ORG")
     monkeypatch.setattr(weights, "files", lambda _: tmp_path)
     published = "us" in (text or "")
     assert weights.get_hub_id("cmt_ti.in1k") == ("us/cmt_ti.in1k@0f" if published else None)
     assert weights.get_hub_id("cmt_xs.in1k") is None
+    monkeypatch.setenv("TIMM_CMT_HUB_ORG", "")
+    assert weights.get_hub_id("cmt_ti.in1k") is None

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 import safetensors
@@ -20,24 +20,25 @@ import torch
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
-__all__ = ["RELEASE_URL", "allow_arguments", "check_file", "ensure_whole", "fetch", "get_hub_id", "read_record"]
+__all__ = ["RELEASE_URL", "allow_arguments", "check_file", "ensure_whole", "fetch", "get_hub_id"]
 
 RELEASE_URL = "https://github.com/ggjy/CMT.pytorch/releases/download/release-v1"
 
 _logger = logging.getLogger(__name__)
 
 
-def read_record() -> dict[str, Any]:
-    """hub.json of the package: the organisation and the commits that `timm-cmt publish` has recorded, if it has."""
-    try:
-        return json.loads(files("timm_cmt").joinpath("hub.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {"org": "", "commits": {}}
-
-
 def get_hub_id(name: str) -> str | None:
-    """ORG/NAME@COMMIT that the weights `name` (such as cmt_s.in1k) were published as, if they were."""
-    recorded = read_record()
+    """ORG/NAME@COMMIT that the weights `name` (such as cmt_s.in1k) were published as, if they were.
+
+    `timm-cmt publish` records that in the package's hub.json. Where TIMM_CMT_HUB_ORG is set and empty, the authors'
+    release is the source all the same.
+    """
+    if os.environ.get("TIMM_CMT_HUB_ORG") == "":
+        return None
+    try:
+        recorded = json.loads(files("timm_cmt").joinpath("hub.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     commit = recorded["commits"].get(name)
     return f"{recorded['org']}/{name}@{commit}" if commit else None
 

@@ -160,7 +160,7 @@ def predict_snippet(checkpoint: Path, model_name: str, img_size: int, image: str
     return (
         f"import timm, PIL.Image\n"
         f"model = timm.create_model({model_name!r}, {options}).eval()\n"
-        f"transform = timm.data.create_transform({img_size}, crop_pct={CROP_PCT})\n"
+        f"transform = timm.data.create_transform({img_size}, crop_pct={CROP_PCT}, interpolation='bicubic')\n"
         f"print(model(transform(PIL.Image.open({image!r}))[None]).argmax().item())"
     )
 
