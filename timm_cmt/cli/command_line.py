@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 128 + 13  # as if ended by SIGPIPE
     except OSError as err:
-        if err.filename is None:  # one of ours
+        if err.strerror is None:  # one of ours, a sentence
             return _fail(str(err))
-        return _fail(f"{err.filename} cannot be read or written ({err.strerror})")
+        return _fail(f"{err.filename or 'the output'} cannot be read or written ({err.strerror})")
     except (RuntimeError, ValueError) as err:
         return _fail(str(err))
     except KeyboardInterrupt:
