@@ -119,6 +119,8 @@ def test_what_train_py_was_told_is_kept(path, out, capsys):
 def test_what_train_py_was_not_told_is_the_model_s_default_and_said_to_be(path, out, capsys):
     save(path, small(), model_kwargs=dict(SMALL, num_classes=10))
     assert main(["convert", str(path), "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_args"] == dict(depths=[1, 1, 2, 1], img_size=[64, 64])
     printed = capsys.readouterr().out
     assert "crop_pct: 0.875 (the model's default, which train.py used)\n" in printed
     assert "mean: 0.485 0.456 0.406 (the model's default, which train.py used)\n" in printed
@@ -181,13 +183,8 @@ def test_the_averaged_weights_are_preferred(path, out, capsys):
 
 def test_a_model_trained_from_a_folder_has_the_folder_s_configuration(path, out, tmp_path):
     first = tmp_path / "first"
-    save(
-        path,
-        small(act_layer="silu"),
-        model_kwargs=dict(depths=SMALL["depths"], act_layer="silu"),
-        mean=[0.1],
-        std=[0.2],
-    )
+    kwargs = dict(depths=SMALL["depths"], act_layer="silu")
+    save(path, small(act_layer="silu", global_pool="max"), model_kwargs=kwargs, gp="max", mean=[0.1], std=[0.2])
     assert main(["convert", str(path), "--out", str(first)]) == 0
     model = timm.create_model(f"local-dir:{first}", pretrained=True, num_classes=3)
     save(path, model, model=f"local-dir:{first}", num_classes=3)

@@ -27,8 +27,9 @@ __all__ = ["Checkpoint", "Setting", "build", "find_labels", "list_widths", "read
 GIVEN = "as given"
 ARGS = "from the arguments of train.py in the checkpoint"
 WEIGHTS = "from the shapes of the weights"
-NOT_STRUCTURE = {  # arguments for training, or written elsewhere; the others belong to the model's shape
-    "drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "recompute_act", "device", "dtype", "img_size",
+NOT_WIDTHS = {  # arguments for training alone, or that stand elsewhere in a configuration
+    "drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "recompute_act", "device", "dtype",
+    "img_size", "in_chans", "num_classes", "global_pool",
 }  # fmt: skip
 
 
@@ -130,6 +131,7 @@ def resolve(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Setti
     rest = "the model's default, which train.py used" if args else "assumed, the model's default"
     take("global_pool", given.get("gp"), GIVEN)
     take("global_pool", args.get("gp"), ARGS)
+    take("global_pool", model_kwargs.get("global_pool"), out["model_kwargs"].source)
     if head is not None and "global_pool" not in out:
         width = create_cmt(name, device="meta").num_features
         take("global_pool", "catavgmax" if head.shape[1] == 2 * width else None, WEIGHTS)
@@ -173,7 +175,7 @@ def build(checkpoint: Checkpoint, settings: Mapping[str, Setting]) -> CMT:
 
 def list_widths(settings: Mapping[str, Setting]) -> dict[str, Any]:
     """The arguments that the shape of the model depends on, beside those that every model has."""
-    return {key: value for key, value in settings["model_kwargs"].value.items() if key not in NOT_STRUCTURE}
+    return {key: value for key, value in settings["model_kwargs"].value.items() if key not in NOT_WIDTHS}
 
 
 def find_labels(
@@ -256,13 +258,11 @@ def _create(get: Mapping[str, Any], **more: Any) -> CMT:
 
 
 def _fits(weights: Mapping[str, Any], model: torch.nn.Module) -> bool:
-    """Whether a state dict has the model's entries and shapes, at whatever image size."""
+    """Whether a state dict has the model's parameters, nothing else, and their shapes, at whatever image size."""
     own = model.state_dict()
-    shapes = {name: getattr(weights.get(name), "shape", None) for name in own}
-    optional = ("query_grid", "num_batches_tracked")
-    return weights.keys() <= own.keys() and all(
-        (shape is None and name.endswith(optional)) or shape == own[name].shape or (shape and "rel_pos_bias" in name)
-        for name, shape in shapes.items()
+    return (weights.keys() <= own.keys()) and all(
+        getattr(weights.get(name), "shape", None) == own[name].shape or (name in weights and "rel_pos_bias" in name)
+        for name in (*dict(model.named_parameters()), *weights)
     )
 
 
@@ -272,7 +272,10 @@ def _raise_misfit(checkpoint: Checkpoint, model: CMT, get: Mapping[str, Any]) ->
     if _fits(weights, reparameterize_model(model)):
         raise RuntimeError(f"{path} is of a reparameterized model; convert the checkpoint that this one was made from")
     for name in VARIANTS:
-        if name != get["model"] and _fits(weights, _create({**get, "model": name, "model_kwargs": {}, "base": None})):
+        if name == get["model"]:
+            continue
+        other = _create({**get, "model": name, "model_kwargs": {}, "base": None}, device="meta")
+        if _fits(weights, other):
             raise RuntimeError(f"{path} is of {name}, not of {get['model']}; give --model {name}")
     own = model.state_dict()
     common = [name for name in own if name in weights]
