@@ -185,12 +185,14 @@ def test_a_model_trained_from_a_folder_has_the_folder_s_configuration(path, out,
     first = tmp_path / "first"
     kwargs = dict(depths=SMALL["depths"], act_layer="silu")
     save(path, small(act_layer="silu", global_pool="max"), model_kwargs=kwargs, gp="max", mean=[0.1], std=[0.2])
-    assert main(["convert", str(path), "--out", str(first)]) == 0
+    (tmp_path / "names.txt").write_text("\n".join("abcdefghij"))
+    assert main(["convert", str(path), "--out", str(first), "--labels", str(tmp_path / "names.txt")]) == 0
     model = timm.create_model(f"local-dir:{first}", pretrained=True, num_classes=3)
     save(path, model, model=f"local-dir:{first}", num_classes=3)
     assert main(["convert", str(path), "--out", str(out)]) == 0
     assert_same(model, out)
     assert timm.data.resolve_data_config(model=loaded(out))["mean"] == [0.1, 0.1, 0.1]
+    assert "label_names" not in (out / "config.json").read_text()
 
 
 # ---- the names of the classes

@@ -54,7 +54,7 @@ def convert(
     model = build(checkpoint, settings)
     names, source = find_labels(checkpoint, model.num_classes, labels, data_dir)
     config = make_config(model, list_widths(settings))
-    for key in ("tag", "license", "origin_url"):  # what is known of the authors' weights alone
+    for key in ("tag", "license", "origin_url", "label_names", "label_descriptions"):  # of the weights trained from
         config["pretrained_cfg"].pop(key, None)
     if names:
         config["label_names"] = names
