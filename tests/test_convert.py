@@ -302,10 +302,10 @@ def test_convert_refuses_what_is_no_checkpoint_of_the_model(content, message, pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--model-kwargs colour=red", "cannot be built with --model-kwargs"),
+        ("--model-kwargs colour=red", "unexpected keyword argument 'colour'); check --model-kwargs and --gp"),
         ("--num-classes 7", "--num-classes 7 does not fit"),
         ("--mean 0.5 0.5", "--mean has 2 numbers for images of 3 channels"),
-        ("--gp median", "median"),
+        ("--gp median", "Invalid pool type: median); check"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message, path, out, capsys):

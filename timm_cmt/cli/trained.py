@@ -254,7 +254,9 @@ def _create(get: Mapping[str, Any], **more: Any) -> CMT:
     try:
         return create_cmt(get["model"], pretrained_cfg=get.get("base") or None, **kwargs)
     except (TypeError, IndexError, AssertionError) as err:  # what Python says to a wrong argument
-        raise ValueError(f"{get['model']} cannot be built with --model-kwargs {get['model_kwargs']} ({err})") from None
+        raise ValueError(
+            f"{get['model']} cannot be built as it is told ({err}); check --model-kwargs and --gp"
+        ) from None
 
 
 def _fits(weights: Mapping[str, Any], model: torch.nn.Module) -> bool:
