@@ -25,8 +25,8 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from timm_cmt.cli.cards import TOP1 as CMT_TOP1
 from timm_cmt.cmt import VARIANTS
-from timm_cmt.hub import TOP1 as CMT_TOP1
 
 MODES = ["eager", "reparam", "compile", "train", "recompute"]
 DTYPES = ["float32", "bfloat16"]

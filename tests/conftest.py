@@ -11,6 +11,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # several processes (pytest -n) a
     torch.set_num_threads(threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
+# The tests, and the programs that they start, load the authors' release, whatever has been published by now.
+os.environ["TIMM_CMT_HUB_ORG"] = ""
+
 INTEGRATION = Path(__file__).parent / "integration"
 
 

@@ -1,10 +1,10 @@
 """The recipes: the authors' numbers, in keys that timm's train.py knows, and a command with the right learning rate."""
 
 import argparse
-import importlib.util
-import os
 import shlex
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,14 +14,14 @@ from common import MODELS
 from timm.data import create_dataset
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+import timm_cmt
 from timm_cmt.cli import main
-from timm_cmt.recipe import find_recipe, list_recipes, make_command
+from timm_cmt.cli.recipe import find_recipe, list_recipes, make_command
 
-TIMM_SRC = os.environ.get("TIMM_SRC")
 TRANSFER = ["cmt_s-cars", "cmt_s-cifar10", "cmt_s-cifar100", "cmt_s-flowers102", "cmt_s-pets"]
 RECIPES = sorted(MODELS + TRANSFER)
-# train.py takes any key of a file without a word, one that it does not know as well. So the keys are written out here,
-# and where train.py is at hand they are checked against its own parser.
+# train.py takes any key of a file without a word, one that it does not know as well. So the keys are written out here;
+# tests/integration checks them against train.py's own parser.
 IMAGENET_KEYS = set(
     "model epochs warmup_epochs cooldown_epochs batch_size opt opt_eps weight_decay sched lr_base lr_base_size "
     "lr_base_scale min_lr warmup_lr drop drop_path aa color_jitter train_interpolation mixup cutmix smoothing reprob "
@@ -158,6 +158,25 @@ def test_timm_knows_the_data_sets_that_are_named(name, tmp_path):
 # ---- the command
 
 
+def test_from_a_zip_the_recipes_are_listed_and_what_cannot_work_is_said(tmp_path):
+    package = Path(timm_cmt.__file__).parent
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as file:
+        for path in package.rglob("*"):
+            if path.suffix in (".py", ".yaml", ".json", ".md"):
+                file.write(path, Path("timm_cmt") / path.relative_to(package))
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path / "package.zip")!r})
+from timm_cmt.cli import main
+from timm_cmt.cli.recipe import list_recipes
+print(*list_recipes())
+sys.exit(main(["recipe", "cmt_s"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == RECIPES
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "unpack the archive first" in done.stderr
+
+
 def test_recipe_prints_the_path(capsys):
     assert main(["recipe", "cmt_s"]) == 0
     path = Path(capsys.readouterr().out.rstrip("\n"))
@@ -208,66 +227,3 @@ def test_a_bad_value_is_one_line_and_a_non_zero_exit(arguments, message, capsys)
         status = end.code
     error = capsys.readouterr().err
     assert status not in (0, None) and message in error and error.count("\n") == 1, error
-
-
-# ---- train.py's own parser
-
-
-@pytest.fixture(scope="module")
-def train_py():
-    """timm's train.py as a module."""
-    if not TIMM_SRC:
-        pytest.skip(
-            "NOT TESTED: the recipes against train.py's own parser. Clone timm and run "
-            "TIMM_SRC=path/to/the/clone pytest tests/test_recipe.py"
-        )
-    spec = importlib.util.spec_from_file_location("timm_train", Path(TIMM_SRC) / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def parse(train_py, monkeypatch):
-    """Parses a command line as train.py does; the defaults that a file sets go again."""
-    defaults = {action.dest: action.default for action in train_py.parser._actions}
-    monkeypatch.setattr(train_py.parser, "_defaults", dict(train_py.parser._defaults))
-
-    def parse(*arguments: str) -> argparse.Namespace:
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        return train_py._parse_args()[0]
-
-    yield parse
-    for action in train_py.parser._actions:
-        action.default = defaults[action.dest]
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_key_is_an_argument_of_train_py_and_every_value_one_that_it_takes(name, train_py):
-    actions = {action.dest: action for action in train_py.parser._actions}
-    recipe = read(name)
-    assert recipe.keys() <= actions.keys()
-    for key, value in recipe.items():
-        if actions[key].nargs == 0:  # a switch
-            assert isinstance(value, bool), key
-        else:
-            assert value == (actions[key].type or str)(value) and not isinstance(value, bool), key
-            assert actions[key].choices is None or value in actions[key].choices, key
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_value_reaches_train_py_s_arguments(name, parse):
-    recipe = read(name)
-    args = vars(parse("-c", str(find_recipe(name))))
-    assert {key: args[key] for key in recipe} == recipe
-    assert args["lr"] is None  # so that lr_base counts
-
-
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_the_printed_command_parses_and_changes_the_recipe_in_nothing_else(gpus, parse):
-    words = shlex.split(make_command("cmt_s", batch_size=64, gpus=gpus).partition(" train.py ")[2])
-    plain = vars(parse("-c", str(find_recipe("cmt_s"))))
-    args = vars(parse(*words))
-    expected = dict(batch_size=64, lr=5e-4 * 64 * gpus / 512, data_dir="DIR")
-    expected |= dict(aug_repeats=0) if gpus == 1 else {}
-    assert {key: value for key, value in args.items() if value != plain[key]} == expected

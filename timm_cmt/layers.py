@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -258,13 +258,17 @@ def _make_contexts(block: nn.Module, keep_products: bool) -> tuple[Any, Any]:
     """What torch's checkpoint runs the first and the second forward pass in."""
     if not keep_products:
         return nullcontext(), _statistics_kept(block)
-    first, second = create_selective_checkpoint_contexts(_is_kept)
+    first, second = create_selective_checkpoint_contexts(_policy)
     return first, _statistics_kept(block, second)
 
 
-def _is_kept(_: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    is_product = any(word in str(op) for word in ("convolution", "mm", "attention"))
-    return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(_: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if _is_product(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@cache  # asked for every operator of every step
+def _is_product(op: Callable[..., Any]) -> bool:
+    return any(word in str(op) for word in ("convolution", "mm", "attention"))
 
 
 @contextmanager

@@ -1,20 +1,17 @@
 """The one door to timm: its own builder and decorator, with what only a plugin has to do around them."""
 
-import argparse
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from timm import models  # not timm.models by name: timm is half imported when this module is
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, model_entrypoint, resolve_pretrained_cfg
 from torch import nn
 
-from .weights import ensure_whole, get_hub_id
+from .weights import allow_arguments, ensure_whole, get_hub_id
 
 __all__ = ["build_model_with_cfg", "register_model", "update_model_input_size"]
 
@@ -56,7 +53,7 @@ def build_model_with_cfg(
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     # timm hands on the config's size only where that says it is fixed; a config saved from an instance does not.
     img_size = kwargs.setdefault("img_size", tuple(cfg.input_size[-2:]))
-    with _command_lines_allowed():
+    with allow_arguments():  # the authors' checkpoints hold some, and where timm loads a URL, it allows none
         if pretrained:
             ensure_whole(cfg, cache_dir)
         try:
@@ -101,10 +98,3 @@ def _find_repository(variant: str, cfg: PretrainedCfg) -> str | None:
         return None
     org = os.environ.get("TIMM_CMT_HUB_ORG")
     return f"{org}/{name}" if org else get_hub_id(name)
-
-
-def _command_lines_allowed() -> AbstractContextManager[Any]:
-    """The authors' checkpoints hold their command line. Where timm loads a URL, it allows no such thing."""
-    if argparse.Namespace in torch.serialization.get_safe_globals():
-        return nullcontext()  # or torch would take back on leaving what a user has allowed
-    return torch.serialization.safe_globals([argparse.Namespace])

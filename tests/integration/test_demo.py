@@ -1,6 +1,8 @@
 """The demo, as a user runs it, and the model it trains with 8-bit linear layers in onnxruntime."""
 
+import json
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +14,8 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
+
+from timm_cmt.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,25 @@ def test_the_demo_reaches_98_percent(demo):
     digit = next((folder / "digits" / "validation" / "4").iterdir())
     transform = timm.data.create_transform((3, 64, 64), crop_pct=1.0)
     assert model.eval()(transform(Image.open(digit))[None]).argmax().item() == 4
+
+
+def test_its_printed_ways_to_predict_convert_and_export_work(demo, tmp_path):
+    done, folder = demo
+    snippets = re.findall(r"^import timm.*\n(?:.+\n)+", done.stdout, re.M)
+    (command,) = re.findall(r"^timm-cmt (convert .*)$", done.stdout, re.M)
+    assert [snippet.count("\n") for snippet in snippets] == [4, 3]
+    predict = subprocess.run([sys.executable, "-c", snippets[0]], cwd=tmp_path, capture_output=True, text=True)
+    label = re.search(r"validation/(\d)/", snippets[0])[1]
+    assert predict.stdout.split() == [label], predict.stderr
+    assert main(shlex.split(command)) == 0
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert config["label_names"] == [str(digit) for digit in range(10)]
+    assert config["pretrained_cfg"]["crop_pct"] == 1.0 and config["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    onnxruntime = pytest.importorskip("onnxruntime", reason="NOT TESTED: the export; pip install onnx onnxruntime")
+    exec(snippets[1], {})  # noqa: S102
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    (logits,) = session.run(None, {"x": torch.zeros(1, 3, 64, 64).numpy()})
+    assert logits.shape == (1, 10)
 
 
 # ---- 8-bit linear layers

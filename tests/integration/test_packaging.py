@@ -38,7 +38,9 @@ def test_the_wheel_holds_the_package_and_its_entry_point(wheel):
         info = f"timm_cmt-{timm_cmt.__version__}.dist-info"
         entry_points = file.read(f"{info}/entry_points.txt").decode()
         metadata = file.read(f"{info}/METADATA").decode()
-    assert {path.name for path in (ROOT / "timm_cmt").glob("*.py")} <= {Path(n).name for n in names}
+    package = ROOT / "timm_cmt"
+    assert {f"timm_cmt/{path.relative_to(package)}" for path in package.rglob("*.py")} <= set(names)
+    assert {"timm_cmt/hub.json", "timm_cmt/cli/model_card.md"} <= set(names)
     assert "timm_cmt/py.typed" in names and any(n.endswith("/LICENSE") for n in names)
     assert {f"timm_cmt/recipes/{path.name}" for path in (ROOT / "timm_cmt" / "recipes").iterdir()} <= set(names)
     assert not any(n.startswith(("tests", "benchmarks")) for n in names)
@@ -61,3 +63,26 @@ def test_the_installed_wheel_registers_the_models(wheel, tmp_path):
         text=True,
     )
     assert done.stdout.split() == [str(site / "timm_cmt" / "__init__.py"), "5"], done.stderr
+
+
+def test_from_a_zip_the_data_files_are_read_and_one_that_is_missing_is_none(wheel, tmp_path):
+    zipped = tmp_path / "package.zip"
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(zipped, "w") as target:
+        for name in source.namelist():
+            if name != "timm_cmt/hub.json":
+                target.writestr(name, source.read(name))
+    code = """
+import timm_cmt.weights
+from timm_cmt.cli.cards import make_card
+print(timm_cmt.__file__, timm_cmt.weights.get_hub_id("unpublished"), "license: mit" in make_card("cmt_ti"))
+"""
+    for path in (wheel, zipped):
+        environ = {key: value for key, value in os.environ.items() if key != "TIMM_CMT_HUB_ORG"}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**environ, "PYTHONPATH": str(path)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.split() == [f"{path}/timm_cmt/__init__.py", "None", "True"], done.stderr

@@ -18,8 +18,8 @@ import yaml
 from common import RELEASE_FILES, authors_weights, images
 from timm.utils import reparameterize_model
 
-from timm_cmt.demo import train_command, validate_command, write_digits
-from timm_cmt.recipe import find_recipe, make_command
+from timm_cmt.cli.demo import train_command, validate_command, write_digits
+from timm_cmt.cli.recipe import find_recipe, make_command
 
 TIMM_SRC = os.environ.get("TIMM_SRC")
 pytestmark = pytest.mark.skipif(

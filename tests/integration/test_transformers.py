@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from common import authors_weights
+from common import RELEASE_FILES, authors_weights
 from PIL import Image
 
-from timm_cmt.hub import convert
+from timm_cmt.cli.convert import convert, convert_release
 
 transformers = pytest.importorskip("transformers", reason="NOT TESTED: transformers; pip install transformers")
 
@@ -17,8 +17,12 @@ transformers = pytest.importorskip("transformers", reason="NOT TESTED: transform
 def folder(tmp_path_factory) -> Path:
     """cmt_ti as `timm-cmt convert` writes it."""
     folder = tmp_path_factory.mktemp("transformers")
-    torch.save(dict(model=authors_weights("cmt_ti")), folder / "cmt_tiny.pth")
-    convert("cmt_ti", folder / "cmt_ti.in1k", folder / "cmt_tiny.pth")
+    cache = folder / "torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(dict(model=authors_weights("cmt_ti")), cache / RELEASE_FILES["cmt_ti"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(folder / "torch"))
+        convert_release("cmt_ti", folder / "cmt_ti.in1k")
     return folder / "cmt_ti.in1k"
 
 
@@ -44,6 +48,20 @@ def test_the_pipeline_has_timm_s_probabilities(folder, model):
     assert [entry["label"] for entry in best] == [
         timm.data.ImageNetInfo().index_to_description(int(index)) for index in expected.indices
     ]
+
+
+def test_one_s_own_model_has_its_pooling_widths_and_class_names(tmp_path):
+    kwargs = dict(depths=(1, 1, 2, 1), embed_dims=(16, 32, 64, 128), act_layer="silu", img_size=64)
+    model = timm.create_model("cmt_ti", num_classes=3, global_pool="max", **kwargs).eval()
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    (tmp_path / "names.txt").write_text("cat\ndog\ncow\n")
+    given = dict(model="cmt_ti", gp="max", model_kwargs=kwargs)
+    convert(tmp_path / "own.pth", tmp_path / "own", given, labels=tmp_path / "names.txt")
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "own").eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(wrapped(x).logits, model(x), rtol=1e-5, atol=1e-5)
+    assert wrapped.config.id2label == {0: "cat", 1: "dog", 2: "cow"}
 
 
 def test_the_backbone_with_the_weights_loaded_has_timm_s_feature_maps(folder):

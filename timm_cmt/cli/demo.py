@@ -1,30 +1,33 @@
 """Train a CMT on scikit-learn's handwritten digits with timm's own factories, as ``timm-cmt demo`` does."""
 
+import argparse
 import shlex
 import time
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import CheckpointSaver, ModelEmaV3, accuracy
+from timm.utils import ModelEmaV3, accuracy, get_state_dict
 from torch import Tensor, nn
 
-__all__ = ["run_demo", "train_command", "validate_command", "write_digits"]
+from .models import create_cmt, get_cfg, refuse_without_weights
+
+__all__ = ["export_snippet", "predict_snippet", "run_demo", "train_command", "validate_command", "write_digits"]
 
 BATCH_SIZE = 32
 EMA_DECAY = 0.98
 NUM_CLASSES = 10
 SMOOTHING = 0.1
 DROP_PATH = 0.05
-OPTIMIZER = dict(opt="adamw", lr=1e-3, weight_decay=0.05)
-SCHEDULE = dict(sched="cosine", min_lr=1e-5, warmup_epochs=2, warmup_lr=1e-5)
+OPTIMIZER: dict[str, Any] = dict(opt="adamw", lr=1e-3, weight_decay=0.05)
+SCHEDULE: dict[str, Any] = dict(sched="cosine", min_lr=1e-5, warmup_epochs=2, warmup_lr=1e-5)
 # Digits are neither mirrored nor recoloured, and all of a digit stays in view.
-AUGMENTATION = dict(scale=(0.7, 1.0), ratio=(0.8, 1.25), hflip=0.0, color_jitter=0.0)
+AUGMENTATION: dict[str, Any] = dict(scale=(0.7, 1.0), ratio=(0.8, 1.25), hflip=0.0, color_jitter=0.0)
+CROP_PCT = 1.0
 
 
 def write_digits(folder: Path) -> None:
@@ -56,7 +59,7 @@ def run_demo(
     device: str = "cpu",
     pretrained: bool = False,
 ) -> float:
-    """Train and validate, and write the data, the checkpoints and predictions.png into `output`.
+    """Train and validate, and write the data, the last checkpoint and predictions.png into `output`.
 
     Args:
         output: Folder to write into; made where it is not there.
@@ -68,15 +71,23 @@ def run_demo(
 
     Returns:
         Top-1 accuracy in percent on the 599 validation images, by the averaged weights.
+
+    Raises:
+        FileExistsError: There is something in `output` already.
+        ValueError: There are no pretrained weights of the model.
     """
     from tqdm import tqdm
 
+    if pretrained:
+        refuse_without_weights(model_name)
+    if output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"there is something in {output} already; name another folder by --output, or remove it")
     start = time.monotonic()
     output = output.resolve()  # the commands printed at the end are for another folder
     torch.manual_seed(0)
     data = output / "digits"
     write_digits(data)
-    model = timm.create_model(
+    model = create_cmt(
         model_name, pretrained=pretrained, img_size=img_size, num_classes=NUM_CLASSES, drop_path_rate=DROP_PATH
     ).to(device)
     config = resolve_data_config({}, model=model)
@@ -94,7 +105,7 @@ def run_demo(
     train_set = create_dataset("", root=str(data), split="train", is_training=True)
     validation_set = create_dataset("", root=str(data), split="validation")
     train_loader = create_loader(train_set, is_training=True, **AUGMENTATION, **common)
-    validation_loader = create_loader(validation_set, crop_pct=1.0, **common)
+    validation_loader = create_loader(validation_set, crop_pct=CROP_PCT, **common)
 
     optimizer = create_optimizer_v2(model, **OPTIMIZER)
     updates = len(train_loader)
@@ -103,7 +114,7 @@ def run_demo(
     )
     ema = ModelEmaV3(model, decay=EMA_DECAY)
     loss_fn = LabelSmoothingCrossEntropy(SMOOTHING)
-    saver = CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=str(output), recovery_dir=str(output))
+    checkpoint = output / "last.pth.tar"
 
     bar = tqdm(total=epochs * updates, unit="batch", desc=f"training {model_name}")
     top1 = 0.0
@@ -121,17 +132,77 @@ def run_demo(
         scheduler.step(epoch + 1)
         logits, labels = predict(ema.module, validation_loader)
         top1 = accuracy(logits, labels)[0].item()
-        saver.save_checkpoint(epoch, metric=top1)
+        _save(checkpoint, model, ema, epoch, top1, data)
     bar.close()
     draw_predictions(validation_set, logits, labels, output / "predictions.png")
 
     print(f"top-1 {top1:.2f} % on {len(validation_set)} held-out digits, {time.monotonic() - start:.0f} s")
-    print(f"checkpoint  {output / 'last.pth.tar'}")
+    print(f"checkpoint  {checkpoint}")
     print(f"pictures    {output / 'predictions.png'}")
-    print("\nThe same with timm's own scripts, in a clone of timm:\n")
+    digit = validation_set.filename(0, absolute=True)
+    print(
+        f"\nIts answer to one of the digits, in Python:\n\n{predict_snippet(checkpoint, model_name, img_size, digit)}"
+    )
+    folder = output / "model"
+    print("\nA folder for timm, transformers and the Hugging Face Hub:\n")
+    print(f"timm-cmt convert {shlex.quote(str(checkpoint))} --out {shlex.quote(str(folder))}")
+    print("\nFrom that folder to ONNX, in Python (pip install onnx onnxscript):\n")
+    print(export_snippet(folder, img_size, output / "model.onnx"))
+    print("\nThe same training and validation with timm's own scripts, in a clone of timm:\n")
     print(train_command(data, model_name, epochs, img_size, device, pretrained), end="\n\n")
-    print(validate_command(data, model_name, img_size, device, output / "last.pth.tar"))
+    print(validate_command(data, model_name, img_size, device, checkpoint))
     return top1
+
+
+def predict_snippet(checkpoint: Path, model_name: str, img_size: int, image: str) -> str:
+    """Python that prints the class of an image, by a checkpoint of `run_demo`."""
+    options = f"img_size={img_size}, num_classes={NUM_CLASSES}, checkpoint_path={str(checkpoint)!r}"
+    return (
+        f"import timm, PIL.Image\n"
+        f"model = timm.create_model({model_name!r}, {options}).eval()\n"
+        f"transform = timm.data.create_transform({img_size}, crop_pct={CROP_PCT}, interpolation='bicubic')\n"
+        f"print(model(transform(PIL.Image.open({image!r}))[None]).argmax().item())"
+    )
+
+
+def export_snippet(folder: Path, img_size: int, path: Path) -> str:
+    """Python that writes a converted model as ONNX."""
+    name = f"local-dir:{folder}"
+    return (
+        f"import timm, torch\n"
+        f"model = timm.create_model({name!r}, pretrained=True).eval()\n"
+        f"torch.onnx.export(model, (torch.zeros(1, 3, {img_size}, {img_size}),), {str(path)!r}, dynamo=True)"
+    )
+
+
+def _save(path: Path, model: nn.Module, ema: nn.Module, epoch: int, top1: float, data: Path) -> None:
+    """Write the checkpoint as train.py does, with its arguments, but without the optimizer, two thirds of the file."""
+    name, (*_, img_size) = (get_cfg(model)[key] for key in ("architecture", "input_size"))
+    args = argparse.Namespace(
+        model=name,
+        model_kwargs=dict(img_size=img_size),
+        num_classes=NUM_CLASSES,
+        img_size=img_size,
+        gp=None,
+        mean=None,
+        std=None,
+        crop_pct=CROP_PCT,
+        interpolation="bicubic",
+        data_dir=str(data),
+        train_split="train",
+    )
+    state = dict(
+        epoch=epoch,
+        arch=name,
+        version=2,
+        args=args,
+        state_dict=get_state_dict(model),
+        state_dict_ema=get_state_dict(ema),
+        metric=top1,
+    )
+    part = path.with_name(f".{path.name}.part")
+    torch.save(state, part)
+    part.replace(path)
 
 
 @torch.inference_mode()
@@ -175,7 +246,7 @@ def train_command(
     data: Path, model_name: str, epochs: int, img_size: int, device: str, pretrained: bool = False
 ) -> str:
     """The command with which timm's train.py trains as `run_demo` does."""
-    options = dict(
+    options: dict[str, Any] = dict(
         data_dir=data,
         model=model_name,
         pretrained=pretrained,
@@ -191,7 +262,7 @@ def train_command(
         drop_path=DROP_PATH,
         **AUGMENTATION,
         train_interpolation="bicubic",
-        crop_pct=1.0,
+        crop_pct=CROP_PCT,
         model_ema=True,
         model_ema_decay=EMA_DECAY,
         device=device,
@@ -203,13 +274,13 @@ def train_command(
 
 def validate_command(data: Path, model_name: str, img_size: int, device: str, checkpoint: Path) -> str:
     """The command with which timm's validate.py validates a checkpoint as `run_demo` does."""
-    options = dict(
+    options: dict[str, Any] = dict(
         data_dir=data,
         model=model_name,
         img_size=img_size,
         model_kwargs=f"img_size={img_size}",
         num_classes=NUM_CLASSES,
-        crop_pct=1.0,
+        crop_pct=CROP_PCT,
         use_ema=True,
         checkpoint=checkpoint,
         device=device,

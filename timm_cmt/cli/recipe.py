@@ -5,17 +5,20 @@ authors'.
 """
 
 import shlex
+from importlib.resources import files
 from pathlib import Path
 
 import yaml
 
 __all__ = ["find_recipe", "list_recipes", "make_command"]
 
-RECIPES = Path(__file__).with_name("recipes")
+RECIPES = files("timm_cmt").joinpath("recipes")
 
 
 def list_recipes() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    """The names of the recipes, in alphabetical order."""
+    suffix = ".yaml"
+    return sorted(file.name.removesuffix(suffix) for file in RECIPES.iterdir() if file.name.endswith(suffix))
 
 
 def find_recipe(name: str | None) -> Path:
@@ -23,11 +26,14 @@ def find_recipe(name: str | None) -> Path:
 
     Raises:
         ValueError: No name is given, or there is no such recipe.
+        RuntimeError: The package is not unpacked, so that there is no file that train.py could read.
     """
     names = list_recipes()
     if name not in names:
         problem = "no recipe is named" if name is None else f"there is no recipe {name}"
         raise ValueError(f"{problem}; choose one of {', '.join(names)}")
+    if not isinstance(RECIPES, Path):
+        raise RuntimeError(f"{RECIPES} is inside an archive, where train.py cannot read it; unpack the archive first")
     return RECIPES / f"{name}.yaml"
 
 
@@ -46,7 +52,7 @@ def make_command(name: str, batch_size: int | None = None, gpus: int = 1, data_d
         ValueError: There is no such recipe, or it does not work with such a batch.
     """
     path = find_recipe(name)
-    recipe = yaml.safe_load(path.read_text())
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     if batch_size is None:
         batch_size = recipe["batch_size"]
     if batch_size % 2:
