@@ -1,171 +1,245 @@
-"""The models are in timm's registry of every process that imports timm, and `import torch` never pays or breaks."""
+"""The models are in timm's registry of every process that imports timm, and `import torch` never pays or breaks.
 
-import os
-import subprocess
-import sys
+tests/integration/test_imports.py has what takes other programs: workers, zips, PyInstaller, jaxtyping's import hook.
+"""
+
+import pkgutil
+import shutil
 import textwrap
+from pathlib import Path
 
 import pytest
-from common import MODELS
+from interpreters import FIVE, SHOW, Forks, python, said
 
-SHOW = "import timm; print(*sorted(timm.list_models('cmt*')))"
-FIVE = " ".join(sorted(MODELS))
-
-
-def python(code: str, *options: str, **environ: str) -> subprocess.CompletedProcess:
-    """Run code in a fresh interpreter, in which any warning of ours shows on stderr."""
-    env = {key: value for key, value in os.environ.items() if key != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
-    return subprocess.run(
-        [sys.executable, *options, "-c", textwrap.dedent(code)],
-        env={**env, **environ},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+import timm_cmt
 
 
-def output(code: str, *options: str, **environ: str) -> str:
-    """What code prints in a fresh interpreter; it has to end well and say nothing on stderr."""
-    done = python(code, *options, **environ)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr, done.stderr
-    return done.stdout.strip()
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import timm",
-        "import torch; import timm",
-        "import timm.models",
-        "import timm_cmt; import torch; import timm",
-        "import timm_cmt; import timm; import torch",
-        "import torch; import timm_cmt; import timm",
-        "import torch; import timm; import timm_cmt",
-        "import timm; import timm_cmt; import torch",
-        "from timm_cmt import CMT",
-        "import timm_cmt.cmt",
-        "import timm_cmt.rel_pos_bias",
-        "import timm_cmt.checkpoint",
-        "import timm_cmt.weights",
-        "import timm_cmt.cli.demo",
-        "import timm_cmt.cli.convert",
-        "from timm_cmt import resize_rel_pos_bias; import timm",
-        "import timm_cmt; timm_cmt.register(); timm_cmt.register(); import timm; timm_cmt.register()",
-        "import timm_cmt.cmt, importlib; importlib.reload(timm_cmt); importlib.reload(timm_cmt.cmt)",
-    ],
-)
+# ---- the models are there
+
+
+def test_timm_alone_makes_our_models_even_under_python_minus_I():
+    code = f"{SHOW}; print(type(timm.create_model('cmt_ti', device='meta')).__module__)"
+    assert said(python(code, "-I")).splitlines() == [FIVE, "timm_cmt.cmt"]
+
+
+@pytest.mark.parametrize("imports", ["import timm_cmt, timm, torch", "import timm_cmt.cmt"])
 def test_every_order_of_imports_gives_the_five_models(imports):
-    assert output(f"{imports}\n{SHOW}") == FIVE
+    assert said(python(f"{imports}\n{SHOW}")) == FIVE
 
 
-def test_python_minus_I_sees_the_models():
-    assert output(SHOW, "-I") == FIVE
-
-
-def test_the_newest_way_to_make_a_model_works_with_no_import_of_ours():
-    assert output("import timm; print(type(timm.create_model('cmt_ti', device='meta')).__module__)") == "timm_cmt.cmt"
-
-
-def test_importing_torch_imports_neither_timm_nor_the_models():
-    code = "import torch, sys; print([m for m in sys.modules if m.split('.')[0] in ('timm', 'timm_cmt')])"
-    assert output(code) == "['timm_cmt']"
-
-
-def test_importing_the_package_imports_neither_torch_nor_timm():
-    assert output("import timm_cmt, sys; print('torch' in sys.modules, 'timm' in sys.modules)") == "False False"
+@pytest.mark.parametrize("imports", ["import timm, timm_cmt", "from timm_cmt import CMT"])
+def test_every_order_of_imports_after_torch_gives_the_five_models(forks, imports):
+    assert said(forks.run(f"{imports}\n{SHOW}")) == FIVE
 
 
 def test_autoload_off_leaves_the_models_to_an_import():
-    off = dict(TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    assert output(SHOW, **off) == ""
-    assert output(f"import timm_cmt\n{SHOW}", **off) == FIVE
+    code = f"{SHOW}\nprint('-')\nimport timm_cmt\n{SHOW}"
+    assert said(python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0")).splitlines() == ["-", FIVE]
 
 
-def test_a_spawned_dataloader_worker_sees_the_models(tmp_path):
-    (tmp_path / "main.py").write_text(
-        textwrap.dedent("""
-        import torch
+def test_registering_twice_changes_nothing(forks):
+    code = "import timm_cmt; timm_cmt.register(); timm_cmt.register(); import timm; timm_cmt.register()"
+    assert said(forks.run(f"{code}\n{SHOW}")) == FIVE
 
-        class Names(torch.utils.data.Dataset):
-            def __len__(self):
-                return 1
 
-            def __getitem__(self, index):
-                import timm
-                return " ".join(sorted(timm.list_models("cmt*")))
+# ---- what `import torch` and `import timm_cmt` cost
 
-        if __name__ == "__main__":
-            loader = torch.utils.data.DataLoader(Names(), num_workers=1, multiprocessing_context="spawn")
-            print(*next(iter(loader)))
-        """)
+
+def test_importing_torch_imports_neither_timm_nor_the_models(forks):
+    code = "import sys; print(*(name for name in sys.modules if name.partition('.')[0] in ('timm', 'timm_cmt')))"
+    assert said(forks.run(code)) == "timm_cmt"
+
+
+def test_importing_the_package_imports_neither_torch_nor_timm():
+    assert said(python("import timm_cmt, sys; print('torch' in sys.modules, 'timm' in sys.modules)")) == "False False"
+
+
+def test_public_names_are_there_and_others_are_not(forks):
+    code = """
+    import timm_cmt
+    assert set(timm_cmt.__all__) <= set(dir(timm_cmt))
+    assert timm_cmt.CMT.__name__ == "CMT"
+    try:
+        timm_cmt.cmt_xxl
+    except AttributeError as err:
+        print(err)
+    """
+    assert said(forks.run(code)) == "module 'timm_cmt' has no attribute 'cmt_xxl'"
+
+
+# ---- reloaded, or purged from sys.modules as notebooks and test-suites do
+
+PURGE = """
+import sys
+
+def purge(*packages):
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+"""
+
+
+@pytest.mark.parametrize(
+    "before", ["", "import timm_cmt.cmt; importlib.reload(timm_cmt.cmt)", "import timm; purge('timm')"]
+)
+def test_a_reload_of_the_package_leaves_the_models(forks, before):
+    code = f"import importlib, timm_cmt\n{before}\nimportlib.reload(timm_cmt)\n{SHOW}"
+    assert said(forks.run(PURGE + code)) == FIVE
+
+
+@pytest.mark.parametrize("packages", [("timm",), ("timm", "timm_cmt")], ids="-".join)
+def test_purged_and_imported_again_timm_has_the_models(forks, packages):
+    code = f"""
+    import timm, timm_cmt.checkpoint
+    for _ in range(2):
+        purge(*{packages})
+        import timm, timm_cmt
+        from timm_cmt import checkpoint, cmt
+        assert timm.model_entrypoint("cmt_ti") is cmt.cmt_ti and timm_cmt.CMT is cmt.CMT
+        assert checkpoint is sys.modules["timm_cmt.checkpoint"]
+    """
+    assert said(forks.run(f"{PURGE}{textwrap.dedent(code)}\n{SHOW}")) == FIVE
+
+
+def test_any_file_of_the_package_can_be_imported_first(forks):
+    modules = [module.name for module in pkgutil.walk_packages(timm_cmt.__path__, "timm_cmt.")]
+    modules = [name for name in modules if "_pyinstaller" not in name and not name.endswith("__main__")]
+    code = f"""
+    import importlib
+    for module in {modules}:
+        purge("timm", "timm_cmt")
+        importlib.import_module(module)
+        import timm
+        print(module, *sorted(timm.list_models("cmt*")))
+    """
+    assert said(forks.run(PURGE + textwrap.dedent(code))).splitlines() == [f"{name} {FIVE}" for name in modules]
+
+
+# ---- beside other import hooks
+
+# A finder that finds a package by itself, as jaxtyping's hook does, in front of all others.
+ANSWERS_BY_ITSELF = """
+import sys
+from importlib.machinery import PathFinder
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if f"{{name}}.".startswith("{package}."):
+            return PathFinder.find_spec(name, path, target)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+# A finder that asks all others, as the one of this package does.
+ASKS_ALL_OTHERS = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "timm.models":
+            specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+            return next(filter(None, specs), None)
+
+sys.meta_path.insert({place}, Finder())
+"""
+
+# A finder behind ours that gives a loader whose attributes cannot be set.
+LOADER_WITH_SLOTS = """
+import sys
+from importlib.machinery import PathFinder
+
+class Loader:
+    __slots__ = ("loader",)
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        self.loader.exec_module(module)
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "timm.models":
+            spec = PathFinder.find_spec(name, path, target)
+            real, spec.loader = spec.loader, Loader()
+            spec.loader.loader = real
+            return spec
+
+sys.meta_path.insert(1, Finder())
+"""
+
+
+@pytest.mark.parametrize("package", ["timm.models", "timm"])
+def test_a_finder_in_front_that_answers_by_itself_is_no_hindrance(forks, package):
+    assert said(forks.run(ANSWERS_BY_ITSELF.format(package=package) + SHOW)) == FIVE
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["in_front", "behind"])
+def test_a_finder_that_asks_all_others_is_no_hindrance(forks, place):
+    assert said(forks.run(ASKS_ALL_OTHERS.format(place=place) + SHOW)) == FIVE
+
+
+def test_a_loader_with_slots_is_no_hindrance(forks):
+    assert said(forks.run(LOADER_WITH_SLOTS + SHOW)) == FIVE
+
+
+def test_a_second_package_with_the_same_finder_registers_its_models_too(forks, tmp_path):
+    (tmp_path / "other").mkdir()
+    shutil.copy(Path(timm_cmt.__file__), tmp_path / "other")
+    (tmp_path / "other" / "cmt.py").write_text(
+        "from timm.models import register_model\n\n@register_model\ndef other_net(pretrained=False, **kwargs): ...\n"
     )
-    done = subprocess.run([sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import other; {SHOW}; print(timm.is_model('other_net'))"
+    assert said(forks.run(code)).splitlines() == [FIVE, "True"]
+
+
+def test_timm_s_own_loader_is_left_as_it_was(forks):
+    code = "import timm.models; print(type(timm.models.__loader__).__name__, *vars(timm.models.__spec__.loader))"
+    assert said(forks.run(code)) == "SourceFileLoader name path"
+
+
+@pytest.mark.parametrize("first, second", [("timm", "timm.models"), ("timm.models", "timm_cmt.cmt")])
+def test_two_threads_that_import_timm_at_once_both_end(forks, first, second):
+    code = f"""
+    import importlib, threading
+    threads = [threading.Thread(target=importlib.import_module, args=(name,)) for name in ({first!r}, {second!r})]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    """
+    done = forks.run(textwrap.dedent(code) + SHOW)  # a thread may see Python's own error about a deadlock
     assert done.stdout.strip() == FIVE, done.stderr
 
 
-def test_torchrun_children_see_the_models(tmp_path):
-    (tmp_path / "main.py").write_text(SHOW)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == FIVE.split() * 2, done.stderr
+# ---- what goes wrong is one warning
 
-
-# A finder that makes one module fail on import, as a broken installation would.
 BREAK = """
 import sys
 
-class Broken:
+class Broken:  # makes the model file fail on import, as a broken installation would
     def find_spec(self, name, path=None, target=None):
-        if name == {module!r}:
+        if name == "timm_cmt.cmt":
             raise RuntimeError("broken on purpose")
 
 sys.meta_path.insert(0, Broken())
 """
 
 
-@pytest.mark.parametrize("module", ["timm_cmt.cmt", "timm_cmt.rel_pos_bias"])
-@pytest.mark.parametrize("imports", ["import torch, timm", "import timm_cmt, torch, timm"])
-def test_a_failure_is_one_warning_and_torch_and_timm_still_import(module, imports):
-    code = BREAK.format(module=module) + f"{imports}\nprint(torch.__name__, *timm.list_models('cmt*'))"
-    done = python(code)
-    assert done.returncode == 0 and done.stdout.strip() == "torch", done.stderr
+@pytest.mark.parametrize("filters", ["", "import warnings; warnings.simplefilter('error', RuntimeWarning)"])
+def test_a_failure_is_one_warning_and_timm_still_imports(forks, filters):
+    done = forks.run(f"{BREAK}\n{filters}\nimport timm_cmt, timm, torch\nprint('alive', *timm.list_models('cmt*'))")
+    assert done.returncode == 0 and done.stdout.strip() == "alive", done.stderr
     assert done.stderr.count("broken on purpose") == done.stderr.count("timm-cmt:") == 1, done.stderr
 
 
-def test_a_failure_is_survived_under_python_minus_W_error():
-    done = python(
-        BREAK.format(module="timm_cmt.cmt") + "import timm\nprint('alive')", "-W", "error::RuntimeWarning:timm_cmt"
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "alive", done.stderr
-
-
-@pytest.mark.parametrize("first, second", [("timm", "timm.models"), ("timm.models", "timm_cmt.cmt")])
-def test_two_threads_that_import_timm_at_once_both_end(first, second):
-    code = f"""
-    import importlib, threading, torch
-    threads = [threading.Thread(target=importlib.import_module, args=(name,)) for name in ({first!r}, {second!r})]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    import timm
-    print(*sorted(timm.list_models("cmt*")))
-    """
-    done = python(code)  # a deadlock ends in the timeout; one thread may see Python's own error about it, timm's or not
-    assert done.stdout.strip() == FIVE, done.stderr
-
-
-def test_a_failure_is_survived_where_warnings_are_errors():
-    done = python(
-        BREAK.format(module="timm_cmt.cmt")
-        + "import torch, warnings\nwarnings.simplefilter('error', RuntimeWarning)\nimport timm\nprint('alive')"
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "alive", done.stderr
-    assert done.stderr.count("timm-cmt:") == 1
-
-
-def test_a_model_that_timm_has_stays_timm_s():
+def test_a_model_that_timm_has_stays_timm_s(forks):
     code = """
     import sys, types
     from importlib.machinery import PathFinder
@@ -190,15 +264,6 @@ def test_a_model_that_timm_has_stays_timm_s():
     import timm
     print(type(timm.create_model("cmt_s")).__name__, type(timm.create_model("cmt_ti", device="meta")).__name__)
     """
-    done = python(code)
+    done = forks.run(code)
     assert done.stdout.strip() == "Identity CMT", done.stderr
     assert done.stderr.count("timm has its own cmt_s") == 1, done.stderr
-
-
-def test_public_names_are_there_and_others_are_not():
-    import timm_cmt
-
-    assert set(timm_cmt.__all__) <= set(dir(timm_cmt))
-    assert timm_cmt.CMT.__name__ == "CMT"
-    with pytest.raises(AttributeError, match="no attribute 'cmt_xxl'"):
-        timm_cmt.cmt_xxl  # noqa: B018

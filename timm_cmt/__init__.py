@@ -7,6 +7,7 @@ neither torch nor timm is imported here.
 
 import sys
 import warnings
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,63 +18,103 @@ __version__ = "0.1.0"
 __all__ = ["CMT", "register", "resize_rel_pos_bias"]
 
 _PUBLIC_NAMES = {"CMT": "cmt", "resize_rel_pos_bias": "rel_pos_bias"}
-_is_registered = False
+# The module timm.models that has our models in its registry. A reload of this package must not forget it.
+_timm_models: Any = globals().get("_timm_models")
 
 
 def register() -> None:
     """Put the models into timm's registry: as soon as timm is imported, or at once if it already has been.
 
-    Never raises, since it runs inside ``import torch``: what goes wrong becomes one warning. Calling it again does
-    nothing.
+    Never raises, since it runs inside ``import torch``: what goes wrong becomes one warning. It can be called again.
     """
-    global _is_registered
-    if _is_registered:
-        return
-    _is_registered = True
     try:
-        if "timm.models" in sys.modules:
-            _import_models()
-        else:
+        if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
             sys.meta_path.insert(0, _TimmFinder())
+        if sys.modules.get("timm.models"):
+            _import_models()
     except Exception as err:
         _warn_not_registered(err)
-
-
-class _TimmFinder:
-    """Finds timm.models as the other finders do, and has the models imported at the end of its import.
-
-    At its end, so within the import lock of timm.models: a second thread that imports timm waits, as for any module.
-    """
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "timm.models":
-            return None
-        finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
-        if spec is not None and hasattr(spec.loader, "exec_module"):
-            execute = spec.loader.exec_module
-
-            def execute_and_import(module: Any) -> None:
-                execute(module)
-                _import_models()
-
-            spec.loader.exec_module = execute_and_import
-        return spec
 
 
 def _import_models() -> None:
-    # What cmt imports from this package must not import timm itself: were it imported first, we would come by here
-    # while it is half made.
-    try:
-        from . import cmt  # noqa: F401  (importing it registers the models)
-    except Exception as err:
-        _warn_not_registered(err)
+    global _timm_models
+    timm_models = sys.modules["timm.models"]
+    if _timm_models not in (None, timm_models):
+        # timm was removed from sys.modules and imported again. Our modules use the old one: import them again too.
+        for name in [name for name in sys.modules if name.startswith(f"{__name__}.")]:
+            del sys.modules[name]
+            globals().pop(name.rpartition(".")[2], None)
+    _timm_models = timm_models
+    import_module(f"{__name__}.cmt")  # importing it registers the models
+
+
+class _TimmFinder:
+    """Finds timm.models as the other finders do, and wraps the loader that they give.
+
+    It stays on sys.meta_path, because timm may be removed from sys.modules and imported again, and nothing else would
+    tell us. It costs less than a microsecond for each module that Python looks for.
+    """
+
+    _is_asking = False
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name == "timm" or ("timm" in sys.modules and "timm.models" not in sys.modules):
+            self._come_first()
+        if name != "timm.models" or self._is_asking:
+            return None
+        # Another finder may ask all finders too, this one among them. One flag is enough for all threads: Python calls
+        # finders under its import lock.
+        self._is_asking = True
+        try:
+            finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+            spec: Any = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
+        finally:
+            self._is_asking = False
+        if spec is not None:
+            try:
+                spec.loader = _TimmLoader(spec.loader)
+            except Exception as err:
+                _warn_not_registered(err)
+        return spec
+
+    def _come_first(self) -> None:
+        # timm is being imported. A finder in front of this one might find timm.models without asking the others.
+        if sys.meta_path[:1] != [self]:
+            # In one step, because another thread may be reading the list.
+            sys.meta_path[:] = [self, *(finder for finder in sys.meta_path if finder is not self)]
+
+
+class _TimmLoader:
+    """Loads timm.models by its real loader, then has our models imported.
+
+    All within the import lock of timm.models: a second thread that imports timm waits, as for any module.
+    """
+
+    _loader: Any = None  # here too, or __getattr__ would call itself for ever on an object without it (copy makes such)
+
+    def __init__(self, loader: Any) -> None:
+        self._execute = loader.exec_module
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def exec_module(self, module: Any) -> None:
+        try:
+            module.__spec__.loader = module.__loader__ = self._loader  # what is seen of timm.models is as without us
+        except AttributeError:  # a module that does not let itself be changed: importlib leaves it as it is, too
+            pass
+        self._execute(module)
+        try:
+            import_module(__name__).register()  # by name, since this package may have been imported again too
+        except Exception as err:
+            _warn_not_registered(err)
 
 
 def _warn_not_registered(err: Exception) -> None:
     message = f"timm-cmt: the CMT models are not in timm's registry ({type(err).__name__}: {err})"
     try:
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     except RuntimeWarning:  # under `python -W error`: torch has to import all the same
         print(message, file=sys.stderr)
 
@@ -81,8 +122,6 @@ def _warn_not_registered(err: Exception) -> None:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(f".{_PUBLIC_NAMES[name]}", __name__), name)
 
 

@@ -2,34 +2,14 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-import pytest
-
 import timm_cmt
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    source = tmp_path_factory.mktemp("source")
-    # From a copy, so that building leaves nothing in the checkout.
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("timm_cmt", "tests", "benchmarks"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if "Could not find a version" in done.stderr or "Failed to establish" in done.stderr:
-        pytest.skip("NOT TESTED: the wheel. setuptools could not be downloaded; run where the package index is reached")
-    assert done.returncode == 0, done.stderr
-    return next(folder.glob("*.whl"))
 
 
 def test_the_wheel_holds_the_package_and_its_entry_point(wheel):
@@ -46,6 +26,8 @@ def test_the_wheel_holds_the_package_and_its_entry_point(wheel):
     assert not any(n.startswith(("tests", "benchmarks")) for n in names)
     assert "[torch.backends]\ntimm_cmt = timm_cmt:register" in entry_points
     assert "timm-cmt = timm_cmt.cli:main" in entry_points
+    assert "[pyinstaller40]\nhook-dirs = timm_cmt._pyinstaller:get_hook_dirs" in entry_points
+    assert {f"timm_cmt/_pyinstaller/hook-{module}.py" for module in ("timm.models", "timm_cmt")} <= set(names)
     assert re.search(r"^License-Expression: Apache-2.0$", metadata, re.M)
     assert "Requires-Dist: torch>=2.6" in metadata and "Requires-Dist: timm>=1.0.26" in metadata
 

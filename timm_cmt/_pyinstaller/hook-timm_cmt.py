@@ -1,0 +1,9 @@
+"""What PyInstaller cannot see from the import statements of this package."""
+
+from PyInstaller.utils.hooks import collect_data_files, copy_metadata
+
+from timm_cmt import _PUBLIC_NAMES
+
+hiddenimports = sorted({f"timm_cmt.{module}" for module in _PUBLIC_NAMES.values()})  # imported by name
+datas = collect_data_files("timm_cmt") + copy_metadata("timm-cmt")  # torch finds us by the entry point in the metadata
+module_collection_mode = "pyz+py"  # torch.jit.script reads the source
