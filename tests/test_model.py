@@ -20,10 +20,10 @@ GMACS = dict(cmt_ti=0.639, cmt_xs=1.547, cmt_s=4.032, cmt_b=9.317, cmt_l=19.499)
 WITH_WEIGHTS = MODELS[:4]
 
 
-def create(name: str, fused_attn: bool) -> torch.nn.Module:
+def create(name: str, fused_attn: bool, **kwargs) -> torch.nn.Module:
     set_fused_attn(fused_attn)
     try:
-        return timm.create_model(name)
+        return timm.create_model(name, **kwargs)
     finally:
         set_fused_attn(True)
 
@@ -44,10 +44,10 @@ def test_parameters_are_the_table_s(name):
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", MODELS)
 def test_gmacs_are_the_table_s(name, context):
-    model = create(name, fused_attn=False).eval()
+    model = create(name, fused_attn=False, device="meta").eval()
     size = SIZES[name]
     with context(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, size, size))
+        model(torch.zeros(1, 3, size, size, device="meta"))
     assert counter.get_total_flops() / 2e9 == pytest.approx(GMACS[name], rel=1e-3)
 
 
@@ -97,7 +97,7 @@ def test_evaluation_is_the_paper_s_equations(name, fused):
             assert relative_error(ours, expected[stage]) < 1e-4
 
 
-@pytest.mark.parametrize("name", WITH_WEIGHTS)
+@pytest.mark.parametrize("name", ["cmt_ti", "cmt_xs"])  # the others differ in numbers, which evaluation shows
 def test_training_loss_and_input_gradient_are_the_paper_s_equations(name):
     # In float64: with batch statistics of two images, float32 rounding grows through the network.
     weights = {key: value.double() for key, value in authors_weights(name, seed=2).items()}

@@ -45,7 +45,16 @@ def _import_models() -> None:
             del sys.modules[name]
             globals().pop(name.rpartition(".")[2], None)
     _timm_models = timm_models
-    import_module(f"{__name__}.cmt")  # importing it registers the models
+    # A file of ours that imports timm may be the first thing that is imported. It is half made now: cmt needs it whole.
+    half_made = [name for name in sys.modules if name.startswith(f"{__name__}.") and _is_half_made(sys.modules[name])]
+    if f"{__name__}.cmt" not in half_made:  # it registers the models by itself
+        for name in half_made:
+            del sys.modules[name]
+        import_module(f"{__name__}.cmt")  # importing it registers the models
+
+
+def _is_half_made(module: Any) -> bool:
+    return getattr(getattr(module, "__spec__", None), "_initializing", False)  # Python's own mark; it has no public one
 
 
 class _TimmFinder:
