@@ -13,7 +13,7 @@ CMT-L has neither weights nor a published shape; see `cmt_l`.
 SPDX-License-Identifier: Apache-2.0
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -52,6 +52,8 @@ register_notrace_module(RelPosBias)
 
 HEAD_WIDTH = 1280  # channels before the pooling
 MIN_SIZE = 32  # pixels: below it the last stage has no token
+
+NormLayer = Callable[..., nn.Module]
 
 
 @torch.fx.wrap
@@ -105,7 +107,7 @@ class PatchAggregation(nn.Module):
     [B, C_in, H, W] -> [B, C, H // 2, W // 2]
     """
 
-    def __init__(self, in_dim: int, dim: int, norm_layer: LayerType = LayerNorm2d, device=None, dtype=None):
+    def __init__(self, in_dim: int, dim: int, norm_layer: NormLayer = LayerNorm2d, device=None, dtype=None):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(in_dim, dim, 2, stride=2, **dd)
@@ -226,7 +228,7 @@ class InvertedResidualFFN(nn.Module):
         self.conv1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.dwconv = ActNormConv(dwconv, shortcut=True, act_layer=act_layer, drop=drop, **dd)
         self.conv2 = ActNormConv(nn.Conv2d(hidden_dim, dim, 1, **dd), act_layer=act_layer, **dd)
-        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.norm: nn.Module = nn.BatchNorm2d(dim, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -241,6 +243,7 @@ class InvertedResidualFFN(nn.Module):
         """
         if not isinstance(self.norm, nn.Identity):
             self.conv2.reparameterize()
+            assert self.conv2.reparam_conv is not None
             fold_norm_after(self.conv2.reparam_conv, self.norm)
             self.norm = nn.Identity()
 
@@ -272,7 +275,7 @@ class Block(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         act_layer: LayerType = nn.GELU,
-        norm_layer: LayerType = LayerNorm2d,
+        norm_layer: NormLayer = LayerNorm2d,
         device=None,
         dtype=None,
     ):
@@ -324,8 +327,8 @@ class Stage(nn.Module):
         attn_drop: float,
         drop_path: list[float],
         act_layer: LayerType,
-        norm_layer: LayerType,
-        downsample_norm_layer: LayerType,
+        norm_layer: NormLayer,
+        downsample_norm_layer: NormLayer,
         recompute_act: bool = False,
         device=None,
         dtype=None,
@@ -429,9 +432,10 @@ class CMT(nn.Module):
 
         num_stages = len(depths)
         grid_sizes = get_grid_sizes(_check_img_size(img_size), num_stages)
-        drop_paths = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, sum(depths))
         self.stem = Stem(in_chans, stem_width, act_layer=act_layer, **dd)
-        self.feature_info = [dict(num_chs=stem_width, reduction=2, module="stem")]
+        info: dict[str, Any] = dict(num_chs=stem_width, reduction=2, module="stem")
+        self.feature_info = [info]
         in_dim = stem_width
         stages = []
         for i in range(num_stages):
@@ -458,7 +462,7 @@ class CMT(nn.Module):
             self.feature_info.append(dict(num_chs=in_dim, reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = HEAD_WIDTH
-        self.final_conv = nn.Sequential(ConvNorm(in_dim, HEAD_WIDTH, **dd), nn.SiLU())
+        self.final_conv: nn.Module = nn.Sequential(ConvNorm(in_dim, HEAD_WIDTH, **dd), nn.SiLU())
         self.global_pool, head = create_classifier(HEAD_WIDTH, num_classes, pool_type=global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = head
@@ -490,6 +494,7 @@ class CMT(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        stage: Any  # for torch, what lies in a Sequential is any module
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -506,6 +511,7 @@ class CMT(nn.Module):
             ValueError: A side is under 32 pixels.
         """
         img_size = _check_img_size(img_size)
+        stage: Any
         for stage, grid_size in zip(self.stages, get_grid_sizes(img_size, len(self.stages))):
             stage.rel_pos_bias.set_query_size(grid_size)
         update_model_input_size(self, img_size)
@@ -624,14 +630,15 @@ def _init_weights(module: nn.Module, name: str = "") -> None:
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")  # fan_out is not divided by the groups
-        nn.init.zeros_(module.bias)
-    elif hasattr(module, "reset_parameters"):  # norms and relative position biases
-        module.reset_parameters()
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif callable(reset := getattr(module, "reset_parameters", None)):  # norms and relative position biases
+        reset()
 
 
 def _check_img_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
     size = tuple(to_2tuple(img_size))
-    if len(size) != 2 or not all(isinstance(side, Integral) and side >= MIN_SIZE for side in size):
+    if len(size) != 2 or not all(isinstance(side, Integral) and int(side) >= MIN_SIZE for side in size):
         raise ValueError(
             f"img_size {img_size} is no size for CMT; it takes (height, width) of at least {MIN_SIZE} pixels"
         )
@@ -655,7 +662,7 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         RuntimeError: It is not one of a CMT, or of another variant, or not whole.
     """
-    state_dict = adapt(clean_state_dict(get_weights(checkpoint)), model, SHAPES)
+    state_dict = adapt(clean_state_dict(dict(get_weights(checkpoint))), model, SHAPES)
     missing = [name for name, _ in model.named_parameters() if name not in state_dict and not name.startswith("head.")]
     if missing:  # timm loads without `strict` where the classes differ, and would leave these as they are
         raise RuntimeError(

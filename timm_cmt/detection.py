@@ -60,7 +60,8 @@ class FPNBackbone(nn.Module):
         if not stages or list(stages) != sorted(set(stages) & {1, 2, 3, 4}):
             raise ValueError(f"stages {stages} are none of a CMT's; give some of 1, 2, 3, 4, in this order")
         self.body = timm.create_model(model_name, features_only=True, out_indices=tuple(stages), **model_args)
-        channels = self.body.feature_info.channels()
+        info: Any = self.body.feature_info
+        channels = info.channels()
         extra = LastLevelP6P7(channels[-1], out_channels) if p6_p7 else LastLevelMaxPool()
         self.fpn = FeaturePyramidNetwork(channels, out_channels, extra)
         self.out_channels = out_channels
@@ -119,5 +120,5 @@ def _check_arguments(num_classes: int, min_size: int | Sequence[int], max_size: 
 
 def _normalisation(backbone: FPNBackbone) -> dict[str, Any]:
     """The means and deviations that the backbone's weights were trained with."""
-    cfg = backbone.body.pretrained_cfg
+    cfg: Any = backbone.body.pretrained_cfg
     return dict(image_mean=list(cfg["mean"]), image_std=list(cfg["std"]))
