@@ -5,12 +5,15 @@ medians over the rounds. Run: python benchmarks/image_size.py [--model cmt_s] [-
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import timm
 import torch
+from throughput import describe
 from tqdm import tqdm
 
 
@@ -22,6 +25,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
 
     model = timm.create_model(args.model, img_size=args.built_at, device=args.device).eval()
@@ -62,11 +66,16 @@ def main() -> None:
         f"| size | time / time at {args.sizes[0]} | another size / model built at the size | resizing / forward pass |"
     )
     print("|---|---|---|---|")
+    rows = []
     for size in args.sizes:
         at = statistics.median(built[size])
         ratio = statistics.median(a / b for a, b in zip(resized[size], built[size]))
         cost = statistics.median(resizing[size]) / at
         print(f"| {size} | {at / reference:.2f} | {ratio:.3f} | {cost:.1%} |")
+        rows.append(dict(size=size, seconds=at, other_to_own=round(ratio, 4), resizing=round(cost, 4)))
+    if args.json:
+        result = dict(vars(args), machine=describe(args.device), torch=torch.__version__, rows=rows)
+        args.json.write_text(json.dumps(result, default=str, indent=1) + "\n")
 
 
 if __name__ == "__main__":

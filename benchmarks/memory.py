@@ -7,6 +7,7 @@ Run: python benchmarks/memory.py [--models authors:cmt_s cmt_s ...] [--authors p
 """
 
 import argparse
+import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="bfloat16 is by autocast")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
 
     keys = [(name, way) for name in args.models for way in (WAYS if name in VARIANTS else WAYS[:2])]
@@ -99,6 +101,13 @@ def main() -> None:
     for name in args.models:
         cells = ["{:.0f} / {:.0f}".format(*figures[name, way]) if (name, way) in figures else "-" for way in WAYS]
         print(f"| {name} | {' | '.join(cells)} |")
+    if args.json:
+        rows = [
+            dict(model=name, way=way, kept_mb=round(kept, 1), peak_mb=round(peak, 1))
+            for (name, way), (kept, peak) in figures.items()
+        ]
+        result = dict(vars(args), machine=describe(args.device), torch=torch.__version__, rows=rows)
+        args.json.write_text(json.dumps(result, default=str, indent=1) + "\n")
 
 
 if __name__ == "__main__":
