@@ -32,6 +32,11 @@ def test_the_wheel_holds_the_package_and_its_entry_point(wheel):
     assert "Requires-Dist: torch>=2.6" in metadata and "Requires-Dist: timm>=1.0.26" in metadata
 
 
+def test_changelog_and_citation_are_of_this_version():
+    assert f"\n## {timm_cmt.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {timm_cmt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_the_installed_wheel_registers_the_models(wheel, tmp_path):
     site = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
