@@ -15,12 +15,19 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # several processes (pytest -n) a
 os.environ["TIMM_CMT_HUB_ORG"] = ""
 
 INTEGRATION = Path(__file__).parent / "integration"
+LONGEST = ["test_timm_suite.py"]  # files that take minutes, which pytest -n has to begin with
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist's order is by the number of tests, not by their time
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(INTEGRATION):
             item.add_marker("integration")
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_terminal_summary(terminalreporter, config):
