@@ -343,7 +343,8 @@ def test_training_at_another_size_has_the_cpu_s_gradients(size, device):
     actual = copy.deepcopy(expected).to(device)
     assert error(train(actual, x.to(device)), train(expected, x)) < 1e-9
     assert_same_gradients(actual, expected, 1e-8)
-    assert all(stage.rel_pos_bias.weight.grad.any() for stage in actual.stages[:3])  # the last may have one key alone
+    if size != (47, 61):  # where there is one key alone, whose softmax is 1
+        assert all(stage.rel_pos_bias.weight.grad.any() for stage in actual.stages)
 
 
 def test_the_gradient_through_the_resizing_is_the_same_every_time(device):
