@@ -204,14 +204,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_
 
 
 def _act_norm(x: Tensor, act: nn.Module, norm: nn.Module, overwrite: bool) -> Tensor:
-    if not _is_eager(x) or type(act) not in (nn.GELU, GELU) or _has_hooks(act):
+    if _is_recorded() or type(act) not in (nn.GELU, GELU) or _has_hooks(act):
         return norm(act(x))
     # The CPU's fast GELU takes contiguous tensors only. A channels-last map is one with its axes in memory's order.
-    y = act(x.permute(0, 2, 3, 1))
-    if overwrite:
-        scale, shift = scale_and_shift(norm)
-        return y.mul_(scale).add_(shift).permute(0, 3, 1, 2)
-    return norm(y.permute(0, 3, 1, 2))
+    y = act(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    if not overwrite:
+        return norm(y)
+    # BatchNorm in evaluation, with the same bits. No public function writes over its input.
+    unused = norm.running_mean.new_empty(0)
+    return torch.ops.aten.native_batch_norm.out(
+        y,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        training=False,
+        momentum=0.0,
+        eps=norm.eps,
+        out=y,
+        save_mean=unused,
+        save_invstd=unused,
+    )[0]
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -219,10 +232,14 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
+def _is_recorded() -> bool:
+    """Is the model traced, compiled or exported? The graph needs none of what makes the CPU faster."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
 def _is_eager(x: Tensor) -> bool:
-    """Is x a tensor with values, computed with operator by operator? Not while tracing, compiling or exporting."""
-    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return type(x) is Tensor and not recorded and not _is_transformed()
+    """Is x a tensor with values, computed with operator by operator?"""
+    return type(x) is Tensor and not _is_recorded() and not _is_transformed()
 
 
 def _is_transformed() -> bool:
