@@ -185,6 +185,14 @@ def test_global_pools(pool, width):
     assert model.forward_head(features, pre_logits=True).shape == (2, width)
 
 
+def test_a_classifier_comes_back_after_its_pooling_was_taken():
+    model = timm.create_model("cmt_ti", img_size=64).eval()
+    model.reset_classifier(0, "")
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 1280, 2, 2)
+    model.reset_classifier(5)
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+
+
 def test_features_are_the_stem_and_the_stages():
     model = timm.create_model("cmt_s", features_only=True)
     assert model.feature_info.reduction() == [2, 4, 8, 16, 32]

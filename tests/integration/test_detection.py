@@ -226,3 +226,13 @@ def test_a_detector_learns_the_objects_in_photographs(tmp_path):
     assert int(found) >= 11 and float(overlap) > 0.8, done.stdout  # training differs a little between processors
     assert Image.open(tmp_path / "boxes.png").width > 1000
     assert [file.name for file in tmp_path.iterdir()] == ["boxes.png"]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("make", [retinanet, mask_rcnn])
+def test_images_of_other_channels_are_normalised_by_as_many_numbers(make, channels):
+    model = make("cmt_ti", 3, min_size=64, max_size=96, in_chans=channels, depths=(1, 1, 1, 1)).eval()
+    assert len(model.transform.image_mean) == len(model.transform.image_std) == channels
+    with torch.no_grad():
+        (out,) = model([torch.rand(channels, 64, 80)])
+    assert out["boxes"].shape[1] == 4
