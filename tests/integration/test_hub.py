@@ -301,6 +301,13 @@ def test_an_organisation_in_the_environment_is_a_mirror(hub, user, converted, ex
     hub.add("mirror/cmt_ti.in1k", {path.name: path.read_bytes() for path in converted.iterdir()})
     names = ("cmt_ti", "cmt_ti.in1k", "hf-hub:mirror/cmt_ti.in1k")
     assert_each(load(user, *names, TIMM_CMT_HUB_ORG="mirror"), expected)
+    code = """
+import timm
+cfg = timm.create_model("cmt_ti", pretrained=True, pretrained_cfg_overlay=dict(mean=(0.5, 0.5, 0.5))).pretrained_cfg
+print(cfg["hf_hub_id"], *cfg["mean"])
+"""
+    done = user("-c", code, TIMM_CMT_HUB_ORG="mirror")  # the overlay names no source
+    assert done.stdout == "mirror/cmt_ti.in1k 0.5 0.5 0.5\n", done.stderr
 
 
 def test_a_source_that_is_named_goes_before_the_organisation_in_the_environment(monkeypatch, expected):
