@@ -102,7 +102,7 @@ class Shape(NamedTuple):
 def read_shape(state_dict: Mapping[str, Any]) -> Shape | None:
     """The shape of the network that a state dict in our layout comes from; None where it lacks a stage."""
     stem = state_dict.get("stem.conv1.weight")
-    convs = [state_dict.get(f"stages.{i}.downsample.conv.weight") for i in range(4)]
+    convs: list[Any] = [state_dict.get(f"stages.{i}.downsample.conv.weight") for i in range(4)]
     if stem is None or any(conv is None for conv in convs):
         return None
     blocks = {match.groups() for key in state_dict if (match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key))}

@@ -13,7 +13,7 @@ CMT-L has neither weights nor a published shape; see `cmt_l`.
 SPDX-License-Identifier: Apache-2.0
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -52,6 +52,8 @@ register_notrace_module(RelPosBias)
 
 HEAD_WIDTH = 1280  # channels before the pooling
 MIN_SIZE = 32  # pixels: below it the last stage has no token
+
+NormLayer = Callable[..., nn.Module]
 
 
 @torch.fx.wrap
@@ -105,7 +107,7 @@ class PatchAggregation(nn.Module):
     [B, C_in, H, W] -> [B, C, H // 2, W // 2]
     """
 
-    def __init__(self, in_dim: int, dim: int, norm_layer: LayerType = LayerNorm2d, device=None, dtype=None):
+    def __init__(self, in_dim: int, dim: int, norm_layer: NormLayer = LayerNorm2d, device=None, dtype=None):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(in_dim, dim, 2, stride=2, **dd)
@@ -226,7 +228,7 @@ class InvertedResidualFFN(nn.Module):
         self.conv1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.dwconv = ActNormConv(dwconv, shortcut=True, act_layer=act_layer, drop=drop, **dd)
         self.conv2 = ActNormConv(nn.Conv2d(hidden_dim, dim, 1, **dd), act_layer=act_layer, **dd)
-        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.norm: nn.Module = nn.BatchNorm2d(dim, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -241,6 +243,7 @@ class InvertedResidualFFN(nn.Module):
         """
         if not isinstance(self.norm, nn.Identity):
             self.conv2.reparameterize()
+            assert self.conv2.reparam_conv is not None
             fold_norm_after(self.conv2.reparam_conv, self.norm)
             self.norm = nn.Identity()
 
@@ -272,7 +275,7 @@ class Block(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         act_layer: LayerType = nn.GELU,
-        norm_layer: LayerType = LayerNorm2d,
+        norm_layer: NormLayer = LayerNorm2d,
         device=None,
         dtype=None,
     ):
@@ -280,9 +283,7 @@ class Block(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.lpu = LocalPerceptionUnit(dim, **dd)
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = LightweightAttention(
-            dim, num_heads, sr_ratio=sr_ratio, attn_drop=attn_drop, proj_drop=proj_drop, **dd
-        )
+        self.attn = LightweightAttention(dim, num_heads, sr_ratio, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
         self.mlp = InvertedResidualFFN(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
@@ -324,8 +325,8 @@ class Stage(nn.Module):
         attn_drop: float,
         drop_path: list[float],
         act_layer: LayerType,
-        norm_layer: LayerType,
-        downsample_norm_layer: LayerType,
+        norm_layer: NormLayer,
+        downsample_norm_layer: NormLayer,
         recompute_act: bool = False,
         device=None,
         dtype=None,
@@ -429,36 +430,28 @@ class CMT(nn.Module):
 
         num_stages = len(depths)
         grid_sizes = get_grid_sizes(_check_img_size(img_size), num_stages)
-        drop_paths = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, sum(depths))
         self.stem = Stem(in_chans, stem_width, act_layer=act_layer, **dd)
-        self.feature_info = [dict(num_chs=stem_width, reduction=2, module="stem")]
-        in_dim = stem_width
+        self.feature_info: list[dict[str, Any]] = [dict(num_chs=stem_width, reduction=2, module="stem")]
+        common: dict[str, Any] = dict(
+            mlp_ratio=mlp_ratio,
+            proj_drop=proj_drop_rate,
+            attn_drop=attn_drop_rate,
+            act_layer=act_layer,
+            norm_layer=block_norm,
+            downsample_norm_layer=downsample_norm,
+            recompute_act=recompute_act,
+        )
+        dims = [stem_width, *embed_dims]
         stages = []
         for i in range(num_stages):
-            stages.append(
-                Stage(
-                    in_dim,
-                    embed_dims[i],
-                    depth=depths[i],
-                    grid_size=grid_sizes[i],
-                    num_heads=num_heads[i],
-                    sr_ratio=sr_ratios[i],
-                    mlp_ratio=mlp_ratio,
-                    proj_drop=proj_drop_rate,
-                    attn_drop=attn_drop_rate,
-                    drop_path=drop_paths[sum(depths[:i]) : sum(depths[: i + 1])],
-                    act_layer=act_layer,
-                    norm_layer=block_norm,
-                    downsample_norm_layer=downsample_norm,
-                    recompute_act=recompute_act,
-                    **dd,
-                )
-            )
-            in_dim = embed_dims[i]
-            self.feature_info.append(dict(num_chs=in_dim, reduction=4 * 2**i, module=f"stages.{i}"))
+            own: dict[str, Any] = dict(depth=depths[i], grid_size=grid_sizes[i], num_heads=num_heads[i])
+            drop_path = drop_paths[sum(depths[:i]) : sum(depths[: i + 1])]
+            stages.append(Stage(*dims[i : i + 2], **own, sr_ratio=sr_ratios[i], drop_path=drop_path, **common, **dd))
+            self.feature_info.append(dict(num_chs=dims[i + 1], reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = HEAD_WIDTH
-        self.final_conv = nn.Sequential(ConvNorm(in_dim, HEAD_WIDTH, **dd), nn.SiLU())
+        self.final_conv: nn.Module = nn.Sequential(ConvNorm(dims[-1], HEAD_WIDTH, **dd), nn.SiLU())
         self.global_pool, head = create_classifier(HEAD_WIDTH, num_classes, pool_type=global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = head
@@ -490,6 +483,7 @@ class CMT(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        stage: Any  # for torch, what lies in a Sequential is any module
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -506,6 +500,7 @@ class CMT(nn.Module):
             ValueError: A side is under 32 pixels.
         """
         img_size = _check_img_size(img_size)
+        stage: Any
         for stage, grid_size in zip(self.stages, get_grid_sizes(img_size, len(self.stages))):
             stage.rel_pos_bias.set_query_size(grid_size)
         update_model_input_size(self, img_size)
@@ -624,17 +619,16 @@ def _init_weights(module: nn.Module, name: str = "") -> None:
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")  # fan_out is not divided by the groups
-        nn.init.zeros_(module.bias)
-    elif hasattr(module, "reset_parameters"):  # norms and relative position biases
-        module.reset_parameters()
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif callable(reset := getattr(module, "reset_parameters", None)):  # norms and relative position biases
+        reset()
 
 
 def _check_img_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
     size = tuple(to_2tuple(img_size))
-    if len(size) != 2 or not all(isinstance(side, Integral) and side >= MIN_SIZE for side in size):
-        raise ValueError(
-            f"img_size {img_size} is no size for CMT; it takes (height, width) of at least {MIN_SIZE} pixels"
-        )
+    if len(size) != 2 or not all(isinstance(side, Integral) and int(side) >= MIN_SIZE for side in size):
+        raise ValueError(f"img_size {img_size} is no size for CMT; it takes (height, width) of at least 32 pixels")
     return size
 
 
@@ -655,12 +649,10 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         RuntimeError: It is not one of a CMT, or of another variant, or not whole.
     """
-    state_dict = adapt(clean_state_dict(get_weights(checkpoint)), model, SHAPES)
+    state_dict = adapt(clean_state_dict(dict(get_weights(checkpoint))), model, SHAPES)
     missing = [name for name, _ in model.named_parameters() if name not in state_dict and not name.startswith("head.")]
     if missing:  # timm loads without `strict` where the classes differ, and would leave these as they are
-        raise RuntimeError(
-            f"this checkpoint is not whole: it lacks {missing[0]} and {len(missing) - 1} others of the model"
-        )
+        raise RuntimeError(f"this checkpoint is not whole: it lacks {missing[0]} and {len(missing) - 1} others")
     return state_dict
 
 

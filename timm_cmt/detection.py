@@ -60,7 +60,8 @@ class FPNBackbone(nn.Module):
         if not stages or list(stages) != sorted(set(stages) & {1, 2, 3, 4}):
             raise ValueError(f"stages {stages} are none of a CMT's; give some of 1, 2, 3, 4, in this order")
         self.body = timm.create_model(model_name, features_only=True, out_indices=tuple(stages), **model_args)
-        channels = self.body.feature_info.channels()
+        info: Any = self.body.feature_info
+        channels = info.channels()
         extra = LastLevelP6P7(channels[-1], out_channels) if p6_p7 else LastLevelMaxPool()
         self.fpn = FeaturePyramidNetwork(channels, out_channels, extra)
         self.out_channels = out_channels
@@ -122,7 +123,7 @@ def _normalisation(backbone: FPNBackbone) -> dict[str, Any]:
 
     As timm adapts the first convolution: one channel is the mean of the three, more repeat them.
     """
-    cfg = backbone.body.pretrained_cfg
+    cfg: Any = backbone.body.pretrained_cfg
     channels, mean, std = cfg["input_size"][0], list(cfg["mean"]), list(cfg["std"])
     if channels == 1:
         mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]

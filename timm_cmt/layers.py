@@ -42,7 +42,7 @@ class ActNormConv(nn.Module):
     ):
         super().__init__()
         self.act = get_act_layer(act_layer)()
-        self.norm = nn.BatchNorm2d(conv.in_channels, device=device, dtype=dtype)
+        self.norm: nn.Module = nn.BatchNorm2d(conv.in_channels, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
         self.conv = conv
         self.shortcut = shortcut
@@ -87,6 +87,7 @@ class ActNormConv(nn.Module):
             if self.shortcut:
                 conv.weight[:, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] += 1
             elif conv.padding == (0, 0) and conv.groups == 1:
+                assert conv.bias is not None
                 scale, shift = scale_and_shift(self.norm)
                 conv.bias += conv.weight.sum((2, 3)) @ shift
                 conv.weight *= scale[:, None, None]
@@ -139,19 +140,20 @@ def plain_conv(conv: nn.Module) -> nn.Conv2d:
     with torch.no_grad():
         if not isinstance(conv.weight, nn.Parameter):  # pruning and weight norm renew it in the forward pass
             conv(conv.weight.new_zeros(1, conv.in_channels, *conv.kernel_size))
+        window: dict[str, Any] = dict(
+            kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding, dilation=conv.dilation
+        )
         plain = nn.Conv2d(
             conv.in_channels,
             conv.out_channels,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
+            **window,
             groups=conv.groups,
             padding_mode=conv.padding_mode,
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
         plain.weight.copy_(conv.weight)
+        assert plain.bias is not None
         plain.bias.copy_(conv.bias) if conv.bias is not None else plain.bias.zero_()
     return plain.train(conv.training)
 
@@ -163,7 +165,7 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
         RuntimeError: It is another layer, or has no running statistics.
     """
     kinds = nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d
-    if not isinstance(norm, kinds) or norm.running_mean is None:
+    if not isinstance(norm, kinds) or norm.running_mean is None or norm.running_var is None:
         raise RuntimeError(
             f"a {type(norm).__name__} without running statistics cannot be reparameterized; use the model as it is"
         )
@@ -177,6 +179,7 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
 def fold_norm_after(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     """`conv`, changed so that it does what it did, then `norm` in evaluation."""
     scale, shift = scale_and_shift(norm)
+    assert conv.bias is not None
     conv.weight *= scale[:, None, None, None]
     conv.bias.mul_(scale).add_(shift)
     return conv
@@ -291,7 +294,9 @@ def _is_product(op: Callable[..., Any]) -> bool:
 @contextmanager
 def _statistics_kept(block: nn.Module, mode: AbstractContextManager[Any] | None = None) -> Iterator[None]:
     """BatchNorms in training leave their running statistics as they are; `mode` sees none of what that takes."""
-    norms = [m for m in block.modules() if m.training and getattr(m, "num_batches_tracked", None) is not None]
+    norms: list[Any] = [
+        m for m in block.modules() if m.training and getattr(m, "num_batches_tracked", None) is not None
+    ]
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm, _, count in before:

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from timm import models  # not timm.models by name: timm is half imported when this module is
@@ -15,6 +15,7 @@ from .weights import allow_arguments, ensure_whole, get_hub_id
 
 __all__ = ["build_model_with_cfg", "register_model", "update_model_input_size"]
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _SOURCES = ("source", "state_dict", "file", "url", "hf_hub_id", "hf_hub_filename")
 
 
@@ -29,14 +30,14 @@ def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def build_model_with_cfg(
-    model_cls: Callable[..., nn.Module],
+    model_cls: Callable[..., _Model],
     variant: str,
     pretrained: bool,
     pretrained_cfg: str | dict[str, Any] | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> _Model:
     """timm's build_model_with_cfg. Beside it:
 
     * weights come from the Hub where an organisation is recorded or TIMM_CMT_HUB_ORG names one;
@@ -61,7 +62,7 @@ def build_model_with_cfg(
                 model_cls,
                 variant,
                 pretrained,
-                pretrained_cfg=pretrained_cfg,
+                pretrained_cfg=pretrained_cfg,  # type: ignore[arg-type]  # timm takes a tag's name, too
                 pretrained_cfg_overlay=pretrained_cfg_overlay,
                 cache_dir=cache_dir,
                 **kwargs,
@@ -85,9 +86,10 @@ def update_model_input_size(model: nn.Module, img_size: int | tuple[int, int]) -
         channels = getattr(model, "in_chans", cfg["input_size"][0])
         cfg["input_size"] = (channels, height, width)
         cfg["pool_size"] = (max(height // 32, 1), max(width // 32, 1))
-    model._traits = dict(getattr(model, "_traits", {}), img_size=(height, width))
+    record: Any = model  # for torch, what is set on a module is a tensor or a module
+    record._traits = dict(getattr(model, "_traits", {}), img_size=(height, width))
     if "img_size" in getattr(model, "_model_args", {}):
-        model._model_args = dict(model._model_args, img_size=(height, width))
+        record._model_args = dict(record._model_args, img_size=(height, width))
 
 
 def _find_repository(variant: str, cfg: PretrainedCfg) -> str | None:

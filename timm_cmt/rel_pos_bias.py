@@ -105,6 +105,8 @@ class RelPosBias(nn.Module):
         sr_ratio: Reduction k of the key grid, on each side.
     """
 
+    query_grid: Tensor
+
     def __init__(self, num_heads: int, query_size: tuple[int, int], sr_ratio: int = 1, device=None, dtype=None):
         super().__init__()
         self.sr_ratio = sr_ratio
@@ -139,7 +141,7 @@ class RelPosBias(nn.Module):
 
     def forward(self, height: int, width: int) -> Tensor:
         """-> [1, heads, height * width, keys], for a feature map of `height` x `width` tokens."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if is_without_grad():
             # SDPA takes its slow way for a mask that wants gradients, even where there are none, and torch's FLOP
             # counter cannot follow a module that returns its own parameter.
