@@ -446,8 +446,8 @@ class CMT(nn.Module):
         stages = []
         for i in range(num_stages):
             own: dict[str, Any] = dict(depth=depths[i], grid_size=grid_sizes[i], num_heads=num_heads[i])
-            drop_path = drop_paths[sum(depths[:i]) : sum(depths[: i + 1])]
-            stages.append(Stage(*dims[i : i + 2], **own, sr_ratio=sr_ratios[i], drop_path=drop_path, **common, **dd))
+            own.update(sr_ratio=sr_ratios[i], drop_path=drop_paths[sum(depths[:i]) : sum(depths[: i + 1])])
+            stages.append(Stage(dims[i], dims[i + 1], **own, **common, **dd))
             self.feature_info.append(dict(num_chs=dims[i + 1], reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = HEAD_WIDTH

@@ -214,7 +214,7 @@ def _act_norm(x: Tensor, act: nn.Module, norm: nn.Module, overwrite: bool) -> Te
     if not overwrite:
         return norm(y)
     # BatchNorm in evaluation, with the same bits. No public function writes over its input.
-    unused = norm.running_mean.new_empty(0)
+    unused = y.new_empty(0)
     return torch.ops.aten.native_batch_norm.out(
         y,
         norm.weight,
