@@ -1,7 +1,7 @@
 """The layers that timm and torch do not have, and all that CMT knows of memory layout, kernels and recomputation."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -267,7 +267,7 @@ def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool = False, ke
         return torch_checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
     # A forward pass within a backward pass is a checkpoint's second one, whoever made the checkpoint (timm's feature
     # extractors make their own). No public name tells of a backward pass.
-    with _statistics_kept(block) if torch._C._current_graph_task_id() != -1 else nullcontext():
+    with _StatisticsKept(block) if torch._C._current_graph_task_id() != -1 else nullcontext():
         if not checkpointing and not keep_products:
             return block(*inputs)
         contexts = partial(_make_contexts, block, keep_products and not checkpointing)
@@ -277,9 +277,9 @@ def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool = False, ke
 def _make_contexts(block: nn.Module, keep_products: bool) -> tuple[Any, Any]:
     """What torch's checkpoint runs the first and the second forward pass in."""
     if not keep_products:
-        return nullcontext(), _statistics_kept(block)
+        return nullcontext(), _StatisticsKept(block)
     first, second = create_selective_checkpoint_contexts(_policy)
-    return first, _statistics_kept(block, second)
+    return first, _StatisticsKept(block, second)
 
 
 def _policy(_: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -291,18 +291,26 @@ def _is_product(op: Callable[..., Any]) -> bool:
     return any(word in str(op) for word in ("convolution", "mm", "attention"))
 
 
-@contextmanager
-def _statistics_kept(block: nn.Module, mode: AbstractContextManager[Any] | None = None) -> Iterator[None]:
-    """BatchNorms in training leave their running statistics as they are; `mode` sees none of what that takes."""
-    norms: list[Any] = [
-        m for m in block.modules() if m.training and getattr(m, "num_batches_tracked", None) is not None
-    ]
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    try:
-        for norm, _, count in before:
-            norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
-        with mode or nullcontext():
-            yield
-    finally:
-        for norm, momentum, count in before:
+class _StatisticsKept:
+    """In this context, BatchNorms in training leave their running statistics as they are. It can be entered again.
+
+    Within it, `mode` is on, which sees none of what that takes.
+    """
+
+    def __init__(self, block: nn.Module, mode: AbstractContextManager[Any] | None = None):
+        self.block, self.mode = block, mode or nullcontext()
+        self.before: list[tuple[Any, Any, Tensor]] = []
+
+    def __enter__(self) -> None:
+        norms = (m for m in self.block.modules() if m.training and getattr(m, "num_batches_tracked", None) is not None)
+        norm: Any
+        for norm in norms:
+            self.before.append((norm, norm.momentum, norm.num_batches_tracked))
+            norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+        self.mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.mode.__exit__(*error)
+        for norm, momentum, count in self.before:
             norm.momentum, norm.num_batches_tracked = momentum, count
+        self.before.clear()
