@@ -47,7 +47,7 @@ def on_digits(command: str) -> str:
     recipe = re.search(r"-c \$\(timm-cmt recipe (\w+)\)", command)
     if recipe:  # for a short run, and without mixed precision, as the page says
         command = command.replace(recipe[0], f"-c {recipe[1]}.yaml")
-        command += " --num-classes 10 --epochs 20 --warmup-epochs 2 --cooldown-epochs 0"
+        command += " --num-classes 10 --epochs 16 --warmup-epochs 2 --cooldown-epochs 0"
     else:
         command = re.sub(r"--epochs \d+", "--epochs 4", command)
     command = re.sub(r"--experiment \w+", "", command) + " --experiment mine"
