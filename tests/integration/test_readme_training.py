@@ -76,7 +76,12 @@ def digits(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ALONE)
+def get_kind(command: str) -> str:
+    kinds = {" -c ": "recipe", "--pretrained": "pretrained", "embed_dims": "own widths", "torchrun": "many GPUs"}
+    return next((kind for word, kind in kinds.items() if word in command), "random weights")
+
+
+@pytest.mark.parametrize("command", ALONE, ids=get_kind)
 def test_a_training_command_learns(command, digits, torch_home, tmp_path, monkeypatch):  # noqa: F811
     """Chance is 10 %. What is trained by the page's steps is then measured, converted and used by its next steps."""
     (tmp_path / "digits").symlink_to(digits)
