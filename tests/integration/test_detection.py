@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from common import MODELS
 from PIL import Image
 from timm.layers import freeze_batch_norm_2d, set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
@@ -183,7 +184,7 @@ def test_images_are_normalised_as_for_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(model_name="cmt_xxl"), "model_name 'cmt_xxl' is no CMT; give one of cmt_ti, cmt_xs, cmt_s, cmt_b, cmt_l"),
+        (dict(model_name="cmt_xxl"), f"model_name 'cmt_xxl' is no CMT; give one of {', '.join(MODELS)}"),
         (dict(model_name="resnet50"), "model_name 'resnet50' is no CMT"),
         (dict(num_classes=1), "num_classes 1 leaves none beside the background"),
         (dict(min_size=16), "min_size 16 is too small for CMT; give 32 pixels or more"),
