@@ -1,4 +1,7 @@
-"""What several tests need: the five models, the authors' layout with deterministic weights, images."""
+"""What several tests need: the models, the authors' layout with deterministic weights, images.
+
+The tables of models follow from those in timm_cmt/cmt.py, so that a new variant has its numbers there alone.
+"""
 
 import functools
 import hashlib
@@ -8,11 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from timm_cmt.cmt import VARIANTS, default_cfgs
+
 PARITY = Path(__file__).parent / "parity"
-MODELS = ["cmt_ti", "cmt_xs", "cmt_s", "cmt_b", "cmt_l"]
-SIZES = dict(cmt_ti=160, cmt_xs=192, cmt_s=224, cmt_b=256, cmt_l=288)
+MODELS = list(VARIANTS)
+SIZES = {name: default_cfgs[name].default.input_size[-1] for name in MODELS}
 SMALL = dict(img_size=64, num_classes=10, depths=(1, 1, 2, 1))  # arguments of a model that is quick to run
-RELEASE_FILES = dict(cmt_ti="cmt_tiny.pth", cmt_xs="cmt_xs.pth", cmt_s="cmt_small.pth", cmt_b="cmt_base.pth")
+RELEASE_FILES = {  # of the variants that the authors have released weights of
+    name: url.rpartition("/")[2] for name in MODELS if (url := default_cfgs[name].default.url)
+}
+WITH_WEIGHTS = list(RELEASE_FILES)
 
 
 def _values(key: str, shape: list[int], seed: int) -> np.ndarray:

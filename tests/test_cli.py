@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from common import SMALL
+from common import MODELS, SMALL
 from PIL import Image
 
 from timm_cmt.cli import demo, main
@@ -101,7 +101,7 @@ def test_waiting_threads_leave_the_processors_to_others():
         (["demo", "--epochs", "0"], "0 is no number of epochs; give 1 or more"),
         (["demo", "--epochs", "many"], "many is no number of epochs"),
         (["demo", "--img-size", "31"], "31 is no image size for CMT; give 32 pixels or more"),
-        (["demo", "--model", "resnet50"], "resnet50 is no CMT; choose from cmt_ti, cmt_xs, cmt_s"),
+        (["demo", "--model", "resnet50"], f"resnet50 is no CMT; choose from {', '.join(MODELS)}"),
         (["demo", "--device", "abacus"], "abacus is no device here"),
         (["demo", "--device", "cuda:77"], "cuda:77 is no device here"),
         (["demo", "--output", "/dev/null/x"], "/dev/null/x"),

@@ -175,6 +175,38 @@ def test_adapters_train_as_without_it():
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("how", ["checkpointing", "recompute_act", "both"])
+def test_synchronised_batchnorms_train_as_without_it(how):
+    plain, other = (nn.SyncBatchNorm.convert_sync_batchnorm(make(r)) for r in (False, how != "checkpointing"))
+    other.set_grad_checkpointing(how != "recompute_act")
+    assert_same_step(plain.train(), other.train())
+    assert int(other.stages[0].blocks[0].mlp.norm.num_batches_tracked) == 1
+
+
+def test_an_empty_batch_with_frozen_norms_trains_as_without_it():
+    for recompute in (False, True):
+        model = make(recompute)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        model(images()[:0]).sum().backward()
+        assert all(not param.grad.any() for param in model.parameters())
+
+
+def test_a_detector_s_backbone_moves_its_statistics_once_a_step():
+    from timm_cmt.detection import FPNBackbone
+
+    counts = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        backbone = FPNBackbone("cmt_ti", **SMALL_FEATURES).train()
+        backbone.body.set_grad_checkpointing(checkpointing)
+        sum(feature.square().mean() for feature in backbone(images()).values()).backward()
+        counts.append(dict(backbone.named_buffers()))
+    for name, value in counts[0].items():
+        torch.testing.assert_close(counts[1][name], value, msg=name)
+
+
 @pytest.mark.parametrize("feature_cls", ["list", "hook"])
 def test_checkpointing_by_timm_s_feature_extractors_moves_the_statistics_once_a_step(feature_cls):
     counts = []

@@ -93,6 +93,17 @@ def test_a_reload_of_the_package_leaves_the_models(forks, before):
     assert said(forks.run(PURGE + code)) == FIVE
 
 
+def test_a_file_of_ours_imported_after_a_purge_of_timm_uses_the_new_timm(forks):
+    code = """
+    import timm, timm_cmt
+    purge("timm")
+    import timm_cmt.detection
+    assert timm_cmt.detection is sys.modules["timm_cmt.detection"]
+    assert timm_cmt.detection.timm is sys.modules["timm"]
+    """
+    assert said(forks.run(PURGE + textwrap.dedent(code) + SHOW)) == FIVE
+
+
 @pytest.mark.parametrize("packages", [("timm",), ("timm", "timm_cmt")], ids="-".join)
 def test_purged_and_imported_again_timm_has_the_models(forks, packages):
     code = f"""

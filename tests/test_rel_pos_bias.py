@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_cmt import resize_rel_pos_bias
+from timm_cmt.rel_pos_bias import _bicubic_weights
 
 Grid = tuple[int, int]
 REDUCTIONS = (8, 4, 2, 1)
@@ -121,6 +122,13 @@ def test_grids_of_a_single_column_are_resized_as_single_rows_are(sizes, stage):
     expected = resize_rel_pos_bias(transposed, old[::-1], old_key[::-1], new[::-1], new_key[::-1])
     expected = expected.view(1, *new[::-1], *new_key[::-1]).permute(0, 2, 1, 4, 3).reshape(resized.shape)
     torch.testing.assert_close(resized, expected)
+
+
+@pytest.mark.parametrize(("size", "new_size"), [(7, 10), (10, 7), (56, 80), (56, 40), (7, 1), (3, 41), (20, 259)])
+def test_the_weights_are_those_of_torch_s_antialiased_bicubic_interpolation(size, new_size):
+    rows = torch.eye(size, dtype=torch.float64).reshape(1, size, 1, size)
+    expected = F.interpolate(rows, size=(1, new_size), mode="bicubic", align_corners=False, antialias=True)[0, :, 0]
+    torch.testing.assert_close(_bicubic_weights(size, new_size, rows), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

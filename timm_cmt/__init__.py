@@ -8,6 +8,7 @@ neither torch nor timm is imported here.
 import sys
 import warnings
 from importlib import import_module
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,60 +29,59 @@ def register() -> None:
     Never raises, since it runs inside ``import torch``: what goes wrong becomes one warning. It can be called again.
     """
     try:
-        if not any(type(finder).__module__ == __name__ for finder in sys.meta_path):
-            sys.meta_path.insert(0, _TimmFinder())
+        finder = next((finder for finder in sys.meta_path if type(finder).__module__ == __name__), None)
+        if finder is None:
+            finder = _Finder()
+            sys.meta_path.insert(0, finder)
         if sys.modules.get("timm.models"):
-            _import_models()
+            _import_models(finder)
     except Exception as err:
         _warn_not_registered(err)
 
 
-def _import_models() -> None:
+def _import_models(finder: Any) -> None:
     global _timm_models
     timm_models = sys.modules["timm.models"]
     if _timm_models not in (None, timm_models):
-        # timm was removed from sys.modules and imported again. Our modules use the old one: import them again too.
-        for name in [name for name in sys.modules if name.startswith(f"{__name__}.")]:
+        # timm was removed from sys.modules and imported again. Our files use the old one: import them again too.
+        begun = {name for _, name in finder.begun}
+        for name in [name for name in sys.modules if name.startswith(f"{__name__}.") and name not in begun]:
             del sys.modules[name]
             globals().pop(name.rpartition(".")[2], None)
     _timm_models = timm_models
-    # A file of ours that imports timm may be the first thing that is imported. It is half made now: cmt needs it whole.
-    half_made = [name for name in sys.modules if name.startswith(f"{__name__}.") and _is_half_made(sys.modules[name])]
-    if f"{__name__}.cmt" not in half_made:  # it registers the models by itself
-        for name in half_made:
-            del sys.modules[name]
+    # If one of our files was imported first, and imported timm, it is half made, and the model file may need it. Then
+    # its loader calls `register` once it is complete.
+    if get_ident() not in {thread for thread, _ in finder.begun}:
         import_module(f"{__name__}.cmt")  # importing it registers the models
 
 
-def _is_half_made(module: Any) -> bool:
-    return getattr(getattr(module, "__spec__", None), "_initializing", False)  # Python's own mark; it has no public one
-
-
-class _TimmFinder:
-    """Finds timm.models as the other finders do, and wraps the loader that they give.
+class _Finder:
+    """Finds timm.models and our own files as the other finders do, and wraps the loaders that they give.
 
     It stays on sys.meta_path, because timm may be removed from sys.modules and imported again, and nothing else would
     tell us. It costs less than a microsecond for each module that Python looks for.
     """
 
-    _is_asking = False
+    def __init__(self) -> None:
+        self.begun: list[tuple[int, str]] = []  # thread and name of each import that has begun and not ended
+        self._asked: list[str] = []
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name == "timm" or ("timm" in sys.modules and "timm.models" not in sys.modules):
             self._come_first()
-        if name != "timm.models" or self._is_asking:
+        if (name != "timm.models" and not name.startswith(f"{__name__}.")) or name in self._asked:
             return None
-        # Another finder may ask all finders too, this one among them. One flag is enough for all threads: Python calls
+        # Another finder may ask all finders too, this one among them. One list is enough for all threads: Python calls
         # finders under its import lock.
-        self._is_asking = True
+        self._asked.append(name)
         try:
             finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
             spec: Any = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
         finally:
-            self._is_asking = False
+            self._asked.remove(name)
         if spec is not None:
             try:
-                spec.loader = _TimmLoader(spec.loader)
+                spec.loader = _Loader(spec.loader, name, self.begun)
             except Exception as err:
                 _warn_not_registered(err)
         return spec
@@ -93,27 +93,34 @@ class _TimmFinder:
             sys.meta_path[:] = [self, *(finder for finder in sys.meta_path if finder is not self)]
 
 
-class _TimmLoader:
-    """Loads timm.models by its real loader, then has our models imported.
+class _Loader:
+    """Loads a module by its real loader, then calls `register`.
 
-    All within the import lock of timm.models: a second thread that imports timm waits, as for any module.
+    All within the import lock of the module: a second thread that imports timm waits, as for any module.
     """
 
     _loader: Any = None  # here too, or __getattr__ would call itself for ever on an object without it (copy makes such)
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, name: str, begun: list[tuple[int, str]]) -> None:
         self._execute = loader.exec_module
         self._loader = loader
+        self._name = name
+        self._begun = begun
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
     def exec_module(self, module: Any) -> None:
         try:
-            module.__spec__.loader = module.__loader__ = self._loader  # what is seen of timm.models is as without us
+            module.__spec__.loader = module.__loader__ = self._loader  # what is seen of the module is as without us
         except AttributeError:  # a module that does not let itself be changed: importlib leaves it as it is, too
             pass
-        self._execute(module)
+        this = (get_ident(), self._name)
+        self._begun.append(this)
+        try:
+            self._execute(module)
+        finally:
+            self._begun.remove(this)
         try:
             import_module(__name__).register()  # by name, since this package may have been imported again too
         except Exception as err:

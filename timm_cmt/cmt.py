@@ -283,9 +283,7 @@ class Block(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.lpu = LocalPerceptionUnit(dim, **dd)
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = LightweightAttention(
-            dim, num_heads, sr_ratio=sr_ratio, attn_drop=attn_drop, proj_drop=proj_drop, **dd
-        )
+        self.attn = LightweightAttention(dim, num_heads, sr_ratio, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
         self.mlp = InvertedResidualFFN(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
@@ -434,35 +432,26 @@ class CMT(nn.Module):
         grid_sizes = get_grid_sizes(_check_img_size(img_size), num_stages)
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, sum(depths))
         self.stem = Stem(in_chans, stem_width, act_layer=act_layer, **dd)
-        info: dict[str, Any] = dict(num_chs=stem_width, reduction=2, module="stem")
-        self.feature_info = [info]
-        in_dim = stem_width
+        self.feature_info: list[dict[str, Any]] = [dict(num_chs=stem_width, reduction=2, module="stem")]
+        common: dict[str, Any] = dict(
+            mlp_ratio=mlp_ratio,
+            proj_drop=proj_drop_rate,
+            attn_drop=attn_drop_rate,
+            act_layer=act_layer,
+            norm_layer=block_norm,
+            downsample_norm_layer=downsample_norm,
+            recompute_act=recompute_act,
+        )
+        dims = [stem_width, *embed_dims]
         stages = []
         for i in range(num_stages):
-            stages.append(
-                Stage(
-                    in_dim,
-                    embed_dims[i],
-                    depth=depths[i],
-                    grid_size=grid_sizes[i],
-                    num_heads=num_heads[i],
-                    sr_ratio=sr_ratios[i],
-                    mlp_ratio=mlp_ratio,
-                    proj_drop=proj_drop_rate,
-                    attn_drop=attn_drop_rate,
-                    drop_path=drop_paths[sum(depths[:i]) : sum(depths[: i + 1])],
-                    act_layer=act_layer,
-                    norm_layer=block_norm,
-                    downsample_norm_layer=downsample_norm,
-                    recompute_act=recompute_act,
-                    **dd,
-                )
-            )
-            in_dim = embed_dims[i]
-            self.feature_info.append(dict(num_chs=in_dim, reduction=4 * 2**i, module=f"stages.{i}"))
+            own: dict[str, Any] = dict(depth=depths[i], grid_size=grid_sizes[i], num_heads=num_heads[i])
+            own.update(sr_ratio=sr_ratios[i], drop_path=drop_paths[sum(depths[:i]) : sum(depths[: i + 1])])
+            stages.append(Stage(dims[i], dims[i + 1], **own, **common, **dd))
+            self.feature_info.append(dict(num_chs=dims[i + 1], reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = HEAD_WIDTH
-        self.final_conv: nn.Module = nn.Sequential(ConvNorm(in_dim, HEAD_WIDTH, **dd), nn.SiLU())
+        self.final_conv: nn.Module = nn.Sequential(ConvNorm(dims[-1], HEAD_WIDTH, **dd), nn.SiLU())
         self.global_pool, head = create_classifier(HEAD_WIDTH, num_classes, pool_type=global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = head
@@ -639,9 +628,7 @@ def _init_weights(module: nn.Module, name: str = "") -> None:
 def _check_img_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
     size = tuple(to_2tuple(img_size))
     if len(size) != 2 or not all(isinstance(side, Integral) and int(side) >= MIN_SIZE for side in size):
-        raise ValueError(
-            f"img_size {img_size} is no size for CMT; it takes (height, width) of at least {MIN_SIZE} pixels"
-        )
+        raise ValueError(f"img_size {img_size} is no size for CMT; it takes (height, width) of at least 32 pixels")
     return size
 
 
@@ -665,9 +652,7 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
     state_dict = adapt(clean_state_dict(dict(get_weights(checkpoint))), model, SHAPES)
     missing = [name for name, _ in model.named_parameters() if name not in state_dict and not name.startswith("head.")]
     if missing:  # timm loads without `strict` where the classes differ, and would leave these as they are
-        raise RuntimeError(
-            f"this checkpoint is not whole: it lacks {missing[0]} and {len(missing) - 1} others of the model"
-        )
+        raise RuntimeError(f"this checkpoint is not whole: it lacks {missing[0]} and {len(missing) - 1} others")
     return state_dict
 
 

@@ -119,6 +119,13 @@ def _check_arguments(num_classes: int, min_size: int | Sequence[int], max_size: 
 
 
 def _normalisation(backbone: FPNBackbone) -> dict[str, Any]:
-    """The means and deviations that the backbone's weights were trained with."""
+    """The means and deviations that the backbone's weights were trained with, for as many channels as it takes.
+
+    As timm adapts the first convolution: one channel is the mean of the three, more repeat them.
+    """
     cfg: Any = backbone.body.pretrained_cfg
-    return dict(image_mean=list(cfg["mean"]), image_std=list(cfg["std"]))
+    channels, mean, std = cfg["input_size"][0], list(cfg["mean"]), list(cfg["std"])
+    if channels == 1:
+        mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
+    cycle = [i % len(mean) for i in range(channels)]
+    return dict(image_mean=[mean[i] for i in cycle], image_std=[std[i] for i in cycle])

@@ -1,7 +1,7 @@
 """The layers that timm and torch do not have, and all that CMT knows of memory layout, kernels and recomputation."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -207,14 +207,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_
 
 
 def _act_norm(x: Tensor, act: nn.Module, norm: nn.Module, overwrite: bool) -> Tensor:
-    if not _is_eager(x) or type(act) not in (nn.GELU, GELU) or _has_hooks(act):
+    if _is_recorded() or type(act) not in (nn.GELU, GELU) or _has_hooks(act):
         return norm(act(x))
     # The CPU's fast GELU takes contiguous tensors only. A channels-last map is one with its axes in memory's order.
-    y = act(x.permute(0, 2, 3, 1))
-    if overwrite:
-        scale, shift = scale_and_shift(norm)
-        return y.mul_(scale).add_(shift).permute(0, 3, 1, 2)
-    return norm(y.permute(0, 3, 1, 2))
+    y = act(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    if not overwrite:
+        return norm(y)
+    # BatchNorm in evaluation, with the same bits. No public function writes over its input.
+    unused = y.new_empty(0)
+    return torch.ops.aten.native_batch_norm.out(
+        y,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        training=False,
+        momentum=0.0,
+        eps=norm.eps,
+        out=y,
+        save_mean=unused,
+        save_invstd=unused,
+    )[0]
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -222,10 +235,14 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
+def _is_recorded() -> bool:
+    """Is the model traced, compiled or exported? The graph needs none of what makes the CPU faster."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
 def _is_eager(x: Tensor) -> bool:
-    """Is x a tensor with values, computed with operator by operator? Not while tracing, compiling or exporting."""
-    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return type(x) is Tensor and not recorded and not _is_transformed()
+    """Is x a tensor with values, computed with operator by operator?"""
+    return type(x) is Tensor and not _is_recorded() and not _is_transformed()
 
 
 def _is_transformed() -> bool:
@@ -250,7 +267,7 @@ def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool = False, ke
         return torch_checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
     # A forward pass within a backward pass is a checkpoint's second one, whoever made the checkpoint (timm's feature
     # extractors make their own). No public name tells of a backward pass.
-    with _statistics_kept(block) if torch._C._current_graph_task_id() != -1 else nullcontext():
+    with _StatisticsKept(block) if torch._C._current_graph_task_id() != -1 else nullcontext():
         if not checkpointing and not keep_products:
             return block(*inputs)
         contexts = partial(_make_contexts, block, keep_products and not checkpointing)
@@ -260,9 +277,9 @@ def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool = False, ke
 def _make_contexts(block: nn.Module, keep_products: bool) -> tuple[Any, Any]:
     """What torch's checkpoint runs the first and the second forward pass in."""
     if not keep_products:
-        return nullcontext(), _statistics_kept(block)
+        return nullcontext(), _StatisticsKept(block)
     first, second = create_selective_checkpoint_contexts(_policy)
-    return first, _statistics_kept(block, second)
+    return first, _StatisticsKept(block, second)
 
 
 def _policy(_: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -274,18 +291,26 @@ def _is_product(op: Callable[..., Any]) -> bool:
     return any(word in str(op) for word in ("convolution", "mm", "attention"))
 
 
-@contextmanager
-def _statistics_kept(block: nn.Module, mode: AbstractContextManager[Any] | None = None) -> Iterator[None]:
-    """BatchNorms in training leave their running statistics as they are; `mode` sees none of what that takes."""
-    norms: list[Any] = [
-        m for m in block.modules() if m.training and getattr(m, "num_batches_tracked", None) is not None
-    ]
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    try:
-        for norm, _, count in before:
-            norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
-        with mode or nullcontext():
-            yield
-    finally:
-        for norm, momentum, count in before:
+class _StatisticsKept:
+    """In this context, BatchNorms in training leave their running statistics as they are. It can be entered again.
+
+    Within it, `mode` is on, which sees none of what that takes.
+    """
+
+    def __init__(self, block: nn.Module, mode: AbstractContextManager[Any] | None = None):
+        self.block, self.mode = block, mode or nullcontext()
+        self.before: list[tuple[Any, Any, Tensor]] = []
+
+    def __enter__(self) -> None:
+        norms = (m for m in self.block.modules() if m.training and getattr(m, "num_batches_tracked", None) is not None)
+        norm: Any
+        for norm in norms:
+            self.before.append((norm, norm.momentum, norm.num_batches_tracked))
+            norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+        self.mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.mode.__exit__(*error)
+        for norm, momentum, count in self.before:
             norm.momentum, norm.num_batches_tracked = momentum, count
+        self.before.clear()

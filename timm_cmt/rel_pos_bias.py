@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["RelPosBias", "is_without_grad", "resize_rel_pos_bias"]
@@ -82,12 +81,16 @@ def _resize_axes(bias: Tensor, grid: list[int], new_grid: list[int]) -> Tensor:
 def _bicubic_weights(size: int, new_size: int, like: Tensor) -> Tensor:
     """What each of `size` positions of an axis contributes to each of `new_size`: [size, new_size].
 
-    The interpolation of torch, of unit vectors. Applied as a product, since that has a gradient where torch's own
-    interpolation has none (``torch.compile`` with symbolic sizes) or one that differs from run to run (CUDA).
+    The weights of torch's antialiased bicubic interpolation. Written out, since torch's own operator cannot be exported
+    to ONNX, has no gradient where sizes are symbolic, and interpolates single columns wrongly.
     """
-    rows = torch.eye(size, dtype=like.dtype, device=like.device).reshape(1, size, 1, size)
-    # As rows: antialiased, torch (2.6 to 2.14 at least) interpolates single columns wrongly.
-    return F.interpolate(rows, size=(1, new_size), mode="bicubic", align_corners=False, antialias=True)[0, :, 0]
+    position = torch.arange(size, dtype=like.dtype, device=like.device) + 0.5
+    new_position = torch.arange(new_size, dtype=like.dtype, device=like.device) + 0.5
+    scale = torch.full((), size, dtype=like.dtype, device=like.device) / new_size  # no number: sizes may be symbolic
+    x = ((position[:, None] - new_position * scale) / scale.clamp(min=1)).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2  # Keys' kernel, a = -0.5
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    return weights / weights.sum(dim=0)
 
 
 class RelPosBias(nn.Module):

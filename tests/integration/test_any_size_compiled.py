@@ -97,6 +97,22 @@ def test_torch_export_with_a_dynamic_batch_has_no_interpolation_and_agrees():
             torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="NOT TESTED: torch 2.6 cannot export with any size")
+def test_torch_export_with_dynamic_sizes_from_the_model_s_own():
+    model = make(depths=(1, 1, 1, 1))
+    sides = {2: torch.export.Dim("height", min=64, max=4096), 3: torch.export.Dim("width", min=64, max=4096)}
+    with torch.no_grad():
+        program = torch.export.export(
+            model,
+            (sized((BUILT, BUILT)),),
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64), **sides},),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        ).module()
+        for size in [(BUILT, BUILT), (96, 64), (97, 161), (160, 128)]:
+            x = sized(size, batch=3)
+            torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="NOT TESTED: memory; it is read from Linux's /proc")
 def test_feature_maps_of_a_detector_s_image_take_under_2_gb():
     # Not getrusage: what a child's counter starts from is the memory of the process that started it.

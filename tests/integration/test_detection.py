@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from common import MODELS
 from PIL import Image
 from timm.layers import freeze_batch_norm_2d, set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
@@ -183,7 +184,7 @@ def test_images_are_normalised_as_for_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(model_name="cmt_xxl"), "model_name 'cmt_xxl' is no CMT; give one of cmt_ti, cmt_xs, cmt_s, cmt_b, cmt_l"),
+        (dict(model_name="cmt_xxl"), f"model_name 'cmt_xxl' is no CMT; give one of {', '.join(MODELS)}"),
         (dict(model_name="resnet50"), "model_name 'resnet50' is no CMT"),
         (dict(num_classes=1), "num_classes 1 leaves none beside the background"),
         (dict(min_size=16), "min_size 16 is too small for CMT; give 32 pixels or more"),
@@ -226,3 +227,13 @@ def test_a_detector_learns_the_objects_in_photographs(tmp_path):
     assert int(found) >= 11 and float(overlap) > 0.8, done.stdout  # training differs a little between processors
     assert Image.open(tmp_path / "boxes.png").width > 1000
     assert [file.name for file in tmp_path.iterdir()] == ["boxes.png"]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("make", [retinanet, mask_rcnn])
+def test_images_of_other_channels_are_normalised_by_as_many_numbers(make, channels):
+    model = make("cmt_ti", 3, min_size=64, max_size=96, in_chans=channels, depths=(1, 1, 1, 1)).eval()
+    assert len(model.transform.image_mean) == len(model.transform.image_std) == channels
+    with torch.no_grad():
+        (out,) = model([torch.rand(channels, 64, 80)])
+    assert out["boxes"].shape[1] == 4

@@ -13,20 +13,19 @@ import pytest
 import timm
 import torch
 import yaml
-from common import RELEASE_FILES, SIZES, authors_weights, parity_input
+from common import RELEASE_FILES, SIZES, WITH_WEIGHTS, authors_weights, parity_input
 from hub_server import running_hub
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save
 
 from timm_cmt.cli import main
-from timm_cmt.cli.cards import write_hub_configs
+from timm_cmt.cli.cards import TOP1, write_hub_configs
 from timm_cmt.cli.publish import find_record
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_test"
 EMPTY = dict(org="", commits={})
-WITH_WEIGHTS = list(RELEASE_FILES)
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +147,11 @@ def one_line(error: str) -> str:
 def test_the_committed_configurations_and_cards_are_up_to_date(tmp_path):
     write_hub_configs(tmp_path)
     fresh = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
-    folder = ROOT / "hub_configs"
-    assert fresh == {path.relative_to(folder): path.read_text() for path in folder.rglob("*") if path.is_file()}
-    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}.in1k" for name in WITH_WEIGHTS)
+    committed = ROOT / "hub_configs"
+    folders = [path for path in committed.iterdir() if path.is_dir()]
+    paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert fresh == {path.relative_to(committed): path.read_text() for path in paths}
+    assert sorted(folder.name for folder in folders) == sorted(f"{name}.in1k" for name in WITH_WEIGHTS)
 
 
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
@@ -171,6 +172,10 @@ def test_a_configuration_is_what_timm_saves(name, tmp_path):
         assert getattr(cfg, key) == (tuple(value) if isinstance(value, list) else value)
 
 
+def test_the_accuracies_are_the_paper_s():
+    assert dict(cmt_ti=79.2, cmt_xs=81.8, cmt_s=83.5, cmt_b=84.5).items() <= TOP1.items()
+
+
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_a_card_is_one_that_the_hub_understands(name):
     card = ModelCard.load(ROOT / "hub_configs" / f"{name}.in1k" / "README.md")
@@ -178,7 +183,7 @@ def test_a_card_is_one_that_the_hub_understands(name):
     assert data.license == "mit" and data.library_name == "timm" and data.datasets == ["imagenet-1k"]
     assert data.pipeline_tag == "image-classification" and "timm" in data.tags
     (result,) = data.eval_results
-    assert result.metric_value == dict(cmt_ti=79.2, cmt_xs=81.8, cmt_s=83.5, cmt_b=84.5)[name]
+    assert result.metric_value == TOP1[name]
     assert result.verified is False and "reported by the authors" in result.metric_name
     assert f"{SIZES[name]} x {SIZES[name]}" in card.text and "$" not in card.text
     if name == "cmt_ti":
@@ -301,6 +306,13 @@ def test_an_organisation_in_the_environment_is_a_mirror(hub, user, converted, ex
     hub.add("mirror/cmt_ti.in1k", {path.name: path.read_bytes() for path in converted.iterdir()})
     names = ("cmt_ti", "cmt_ti.in1k", "hf-hub:mirror/cmt_ti.in1k")
     assert_each(load(user, *names, TIMM_CMT_HUB_ORG="mirror"), expected)
+    code = """
+import timm
+cfg = timm.create_model("cmt_ti", pretrained=True, pretrained_cfg_overlay=dict(mean=(0.5, 0.5, 0.5))).pretrained_cfg
+print(cfg["hf_hub_id"], *cfg["mean"])
+"""
+    done = user("-c", code, TIMM_CMT_HUB_ORG="mirror")  # the overlay names no source
+    assert done.stdout == "mirror/cmt_ti.in1k 0.5 0.5 0.5\n", done.stderr
 
 
 def test_a_source_that_is_named_goes_before_the_organisation_in_the_environment(monkeypatch, expected):

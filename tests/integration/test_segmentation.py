@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from common import MODELS, RELEASE_FILES, authors_weights
 
+from timm_cmt.cmt import VARIANTS
+
 smp = pytest.importorskip(
     "segmentation_models_pytorch",
     reason="NOT TESTED: segmentation_models_pytorch; pip install segmentation-models-pytorch and run "
@@ -13,13 +15,7 @@ smp = pytest.importorskip(
 )
 
 DECODERS = pytest.mark.parametrize("decoder", [smp.Unet, smp.FPN, smp.UPerNet], ids=lambda decoder: decoder.__name__)
-CHANNELS = dict(
-    cmt_ti=[16, 46, 92, 184, 368],
-    cmt_xs=[16, 52, 104, 208, 416],
-    cmt_s=[32, 64, 128, 256, 512],
-    cmt_b=[38, 76, 152, 304, 608],
-    cmt_l=[44, 88, 176, 352, 704],
-)
+CHANNELS = {name: [args["stem_width"], *args["embed_dims"]] for name, args in VARIANTS.items()}
 
 
 def build(decoder: type, name: str = "tu-cmt_ti", **kwargs) -> torch.nn.Module:

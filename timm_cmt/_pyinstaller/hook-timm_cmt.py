@@ -1,6 +1,6 @@
 """What PyInstaller cannot see from the import statements of this package."""
 
-from PyInstaller.utils.hooks import collect_data_files, copy_metadata
+from PyInstaller.utils.hooks import collect_data_files, copy_metadata  # type: ignore[import-untyped]
 
 from timm_cmt import _PUBLIC_NAMES
 
