@@ -38,6 +38,16 @@ def test_the_automatic_model_has_timm_s_logits(folder, model):
         torch.testing.assert_close(wrapped(x).logits, model(x), rtol=1e-5, atol=1e-5)
 
 
+def test_another_size_needs_no_argument_and_can_be_set_after_loading(folder, model):
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    x = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        expected = model(x)
+        torch.testing.assert_close(wrapped(x).logits, expected, rtol=1e-5, atol=1e-5)
+        wrapped.timm_model.set_input_size(96)
+        torch.testing.assert_close(wrapped(x).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_pipeline_has_timm_s_probabilities(folder, model):
     image = Image.effect_mandelbrot((320, 240), (-2, -1, 1, 1), 50).convert("RGB")
     best = transformers.pipeline("image-classification", model=str(folder), top_k=5)(image)
