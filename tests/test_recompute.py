@@ -143,7 +143,8 @@ def test_evaluation_and_averaged_copies_are_plain():
     with torch.no_grad():
         assert torch.equal(plain(images()), other(images()))
         assert torch.equal(plain(images()), copy.deepcopy(other)(images()))
-        torch.testing.assert_close(torch.jit.script(other)(images()), plain(images()))
+        # TorchScript takes other kernels.
+        torch.testing.assert_close(torch.jit.script(other)(images()), plain(images()), rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_other_activations_and_hooks_train_as_without_it():
