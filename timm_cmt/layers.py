@@ -24,21 +24,15 @@ class ActNormConv(nn.Module):
 
     Args:
         conv: The convolution. With a shortcut, it is depth-wise and keeps the size.
-        shortcut: Add Y.
         act_layer: The activation, element by element.
+        shortcut: Add Y.
         drop: Dropout probability after the norm.
     """
 
     shortcut: torch.jit.Final[bool]
 
     def __init__(
-        self,
-        conv: nn.Conv2d,
-        shortcut: bool = False,
-        act_layer: LayerType = nn.GELU,
-        drop: float = 0.0,
-        device=None,
-        dtype=None,
+        self, conv: nn.Conv2d, act_layer: LayerType, shortcut: bool = False, drop: float = 0.0, device=None, dtype=None
     ):
         super().__init__()
         self.act = get_act_layer(act_layer)()
@@ -140,18 +134,9 @@ def plain_conv(conv: nn.Module) -> nn.Conv2d:
     with torch.no_grad():
         if not isinstance(conv.weight, nn.Parameter):  # pruning and weight norm renew it in the forward pass
             conv(conv.weight.new_zeros(1, conv.in_channels, *conv.kernel_size))
-        window: dict[str, Any] = dict(
-            kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding, dilation=conv.dilation
-        )
-        plain = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            **window,
-            groups=conv.groups,
-            padding_mode=conv.padding_mode,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-        )
+        names = "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+        geometry: dict[str, Any] = {name: getattr(conv, name) for name in names}
+        plain = nn.Conv2d(conv.in_channels, conv.out_channels, **geometry).to(conv.weight)
         plain.weight.copy_(conv.weight)
         assert plain.bias is not None
         plain.bias.copy_(conv.bias) if conv.bias is not None else plain.bias.zero_()
@@ -214,20 +199,9 @@ def _act_norm(x: Tensor, act: nn.Module, norm: nn.Module, overwrite: bool) -> Te
     if not overwrite:
         return norm(y)
     # BatchNorm in evaluation, with the same bits. No public function writes over its input.
-    unused = y.new_empty(0)
-    return torch.ops.aten.native_batch_norm.out(
-        y,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        training=False,
-        momentum=0.0,
-        eps=norm.eps,
-        out=y,
-        save_mean=unused,
-        save_invstd=unused,
-    )[0]
+    write_to: dict[str, Tensor] = dict(out=y, save_mean=y.new_empty(0), save_invstd=y.new_empty(0))
+    statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    return torch.ops.aten.native_batch_norm.out(y, *statistics, False, 0.0, norm.eps, **write_to)[0]
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -242,12 +216,8 @@ def _is_recorded() -> bool:
 
 def _is_eager(x: Tensor) -> bool:
     """Is x a tensor with values, computed with operator by operator?"""
-    return type(x) is Tensor and not _is_recorded() and not _is_transformed()
-
-
-def _is_transformed() -> bool:
-    """Does one of torch.func's transforms run (grad, vmap, ...)? No public name tells."""
-    return torch._C._are_functorch_transforms_active()
+    # No public name tells whether one of torch.func's transforms runs (grad, vmap, ...).
+    return type(x) is Tensor and not _is_recorded() and not torch._C._are_functorch_transforms_active()
 
 
 # ---- recomputation

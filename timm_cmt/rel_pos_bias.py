@@ -7,6 +7,7 @@ rows of it may lie at opposite edges of the image.
 
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,29 +46,25 @@ def resize_rel_pos_bias(
     Raises:
         ValueError: `bias` does not have the shape that the grids say.
     """
-    queries, keys = bias.shape[1:]
-    if queries != query_grid[0] * query_grid[1] or keys != key_grid[0] * key_grid[1]:
-        raise ValueError(
-            f"a bias of {queries} queries and {keys} keys does not lie on a query grid of "
-            f"{query_grid[0]} x {query_grid[1]} and a key grid of {key_grid[0]} x {key_grid[1]} tokens; "
-            f"pass the grids that it was made for"
-        )
     grid = [query_grid[0], query_grid[1], key_grid[0], key_grid[1]]
     new_grid = [new_query_grid[0], new_query_grid[1], new_key_grid[0], new_key_grid[1]]
+    if bias.shape[1] != grid[0] * grid[1] or bias.shape[2] != grid[2] * grid[3]:
+        raise ValueError(
+            f"a bias of {bias.shape[1]} queries and {bias.shape[2]} keys does not lie on a query grid of "
+            f"{grid[0]} x {grid[1]} and a key grid of {grid[2]} x {grid[3]} tokens; pass the grids it was made for"
+        )
     if torch.jit.is_scripting():
         return bias if grid == new_grid else _resize_axes(bias, grid, new_grid)
-    else:  # TorchScript reads what comes after an if, and knows no autocast by name
-        return _resize_in_float32(bias, grid, new_grid)
-
-
-def _resize_in_float32(bias: Tensor, grid: list[int], new_grid: list[int]) -> Tensor:
-    is_symbolic = any(isinstance(side, torch.SymInt) for side in new_grid)  # exported for any size
-    if not is_symbolic and grid == new_grid:
-        return bias
-    if bias.device.type != "meta" and torch.is_autocast_enabled(bias.device.type):  # there is none on "meta"
-        with torch.autocast(bias.device.type, enabled=False):
+    else:  # TorchScript reads what comes after an if, and knows neither symbolic sizes nor autocast by name
+        if not any(isinstance(side, torch.SymInt) for side in new_grid) and grid == new_grid:
+            return bias
+        with _full_precision(bias.device.type):
             return _resize_axes(bias, grid, new_grid)
-    return _resize_axes(bias, grid, new_grid)
+
+
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    is_autocast = device != "meta" and torch.is_autocast_enabled(device)  # there is none on "meta"
+    return torch.autocast(device, enabled=False) if is_autocast else nullcontext()
 
 
 def _resize_axes(bias: Tensor, grid: list[int], new_grid: list[int]) -> Tensor:
@@ -111,11 +108,9 @@ class RelPosBias(nn.Module):
         super().__init__()
         self.sr_ratio = sr_ratio
         self.query_size = query_size
-        key_size = self.key_size(query_size)
+        queries, keys = math.prod(query_size), math.prod(self.key_size(query_size))
         # Not named "bias": the authors decay it with the other weights, and timm exempts what is called a bias.
-        self.weight = nn.Parameter(
-            torch.empty(num_heads, query_size[0] * query_size[1], key_size[0] * key_size[1], device=device, dtype=dtype)
-        )
+        self.weight = nn.Parameter(torch.empty(num_heads, queries, keys, device=device, dtype=dtype))
         self.register_buffer("query_grid", torch.empty(2, device=device, dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_resize_checkpoint)
         self.register_state_dict_post_hook(_write_query_grid)
@@ -134,7 +129,7 @@ class RelPosBias(nn.Module):
         """Resize B for good; the parameter is replaced where the size changes."""
         if query_size == self.query_size:
             return
-        weight = self._resize(self.weight.detach(), query_size[0], query_size[1])
+        weight = self._resize(self.weight.detach(), self.query_size, query_size)
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self.query_size = query_size
         self.query_grid = self.query_grid.new_tensor(query_size)
@@ -146,12 +141,11 @@ class RelPosBias(nn.Module):
             # SDPA takes its slow way for a mask that wants gradients, even where there are none, and torch's FLOP
             # counter cannot follow a module that returns its own parameter.
             weight = weight.detach()
-        return self._resize(weight, height, width).unsqueeze(0)  # SDPA's CPU kernel accepts only 4-D masks
+        # SDPA's CPU kernel accepts only 4-D masks
+        return self._resize(weight, self.query_size, (height, width)).unsqueeze(0)
 
-    def _resize(self, weight: Tensor, height: int, width: int) -> Tensor:
-        k = self.sr_ratio
-        H, W = self.query_size
-        return resize_rel_pos_bias(weight, (H, W), (H // k, W // k), (height, width), (height // k, width // k))
+    def _resize(self, weight: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+        return resize_rel_pos_bias(weight, old, self.key_size(old), new, self.key_size(new))
 
     def find_query_size(self, weight: Tensor, query_grid: Tensor | None, name: str) -> tuple[int, int]:
         """The query grid that a checkpoint's bias lies on.
@@ -170,42 +164,40 @@ class RelPosBias(nn.Module):
         queries, keys = weight.shape[1:]
         grids = [(h, queries // h) for h in range(1, queries + 1) if queries % h == 0]
         grids = [grid for grid in grids if math.prod(self.key_size(grid)) == keys]
-        if query_grid is None or query_grid.is_meta:
-            if weight.shape == self.weight.shape:
-                return self.query_size
-            side = math.isqrt(queries)
-            if (side, side) in grids:
-                _logger.info("%s has no grid beside it; taken for the square of %d x %d tokens", name, side, side)
-                return side, side
+        if query_grid is not None and not query_grid.is_meta:
+            height, width = (float(side) for side in query_grid)
+            for h, w in grids:  # a bfloat16 holds no more than 8 bits of a side
+                if abs(h - height) <= h / 256 and abs(w - width) <= w / 256:
+                    return h, w
             raise RuntimeError(
-                f"{name} has {queries} queries and {keys} keys, which is no square grid, and the checkpoint does not "
-                f"say on which grid they lie; add the key {name.removesuffix('weight')}query_grid = "
-                f"torch.tensor([height, width]) to it"
+                f"{name} has {queries} queries and {keys} keys, which do not lie on the query grid of {height:g} x "
+                f"{width:g} tokens, reduced by {self.sr_ratio}, that is recorded beside it; the checkpoint was not "
+                f"made by this network, or was edited"
             )
-        height, width = (float(side) for side in query_grid)
-        for h, w in grids:  # a bfloat16 holds no more than 8 bits of a side
-            if abs(h - height) <= h / 256 and abs(w - width) <= w / 256:
-                return h, w
+        if weight.shape == self.weight.shape:
+            return self.query_size
+        side = math.isqrt(queries)
+        if (side, side) in grids:
+            _logger.info("%s has no grid beside it; taken for the square of %d x %d tokens", name, side, side)
+            return side, side
         raise RuntimeError(
-            f"{name} has {queries} queries and {keys} keys, which do not lie on the query grid of "
-            f"{height:g} x {width:g} tokens, reduced by {self.sr_ratio}, that is recorded beside it; "
-            f"the checkpoint was not made by this network, or was edited"
+            f"{name} has {queries} queries and {keys} keys, which is no square grid, and the checkpoint does not say "
+            f"on which grid they lie; add {name.removesuffix('weight')}query_grid = torch.tensor([height, width]) to it"
         )
 
     def resize_in(self, state_dict: dict[str, Any], prefix: str) -> tuple[int, int] | None:
         """Bring the bias in a state dict to this module's grid; returns the grid it had, None if there is no bias."""
-        weight, grid = state_dict.get(f"{prefix}weight"), f"{prefix}query_grid"
-        size = None
-        if weight is not None:
-            size = self.find_query_size(weight, state_dict.get(grid), f"{prefix}weight")
-            k = self.sr_ratio
-            H, W = self.query_size
-            state_dict[f"{prefix}weight"] = resize_rel_pos_bias(
-                weight, size, self.key_size(size), (H, W), (H // k, W // k)
-            )
-        if weight is not None or grid in state_dict:  # a grid alone says nothing: the bias is another's, or stays
-            device = self.query_grid.device if weight is None else weight.device
-            state_dict[grid] = torch.tensor(self.query_size, device=device)
+        name, grid_name = f"{prefix}weight", f"{prefix}query_grid"
+        weight, grid = state_dict.get(name), state_dict.get(grid_name)
+        if weight is None and grid is None:
+            return None
+        # A grid alone says nothing: the bias is another's, or stays.
+        device = self.query_grid.device if weight is None else weight.device
+        state_dict[grid_name] = torch.tensor(self.query_size, device=device)
+        if weight is None:
+            return None
+        size = self.find_query_size(weight, grid, name)
+        state_dict[name] = self._resize(weight, size, self.query_size)
         return size
 
     def extra_repr(self) -> str:
