@@ -68,11 +68,11 @@ def _full_precision(device: str) -> AbstractContextManager[Any]:
 
 
 def _resize_axes(bias: Tensor, grid: list[int], new_grid: list[int]) -> Tensor:
-    out = bias.to(torch.promote_types(bias.dtype, torch.float32)).reshape([bias.shape[0]] + grid)
-    for i, size in enumerate(new_grid):
-        # The last axis comes last, whose product needs no copy to be contiguous: the others are small until then.
-        out = (out.transpose(i + 1, -1) @ _bicubic_weights(out.shape[i + 1], size, out)).transpose(i + 1, -1)
-    return out.flatten(3).flatten(1, 2).to(bias.dtype)
+    heads = bias.shape[0]
+    out = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    for size, new_size in zip(grid, new_grid):  # each axis in turn comes first and goes last: four put all back
+        out = out.reshape(heads, size, -1).transpose(1, 2) @ _bicubic_weights(size, new_size, out)
+    return out.reshape(heads, new_grid[0] * new_grid[1], -1).to(bias.dtype)
 
 
 def _bicubic_weights(size: int, new_size: int, like: Tensor) -> Tensor:
