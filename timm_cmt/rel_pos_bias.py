@@ -68,11 +68,10 @@ def _full_precision(device: str) -> AbstractContextManager[Any]:
 
 
 def _resize_axes(bias: Tensor, grid: list[int], new_grid: list[int]) -> Tensor:
-    heads = bias.shape[0]
-    out = bias.to(torch.promote_types(bias.dtype, torch.float32))
-    for size, new_size in zip(grid, new_grid):  # each axis in turn comes first and goes last: four put all back
-        out = out.reshape(heads, size, -1).transpose(1, 2) @ _bicubic_weights(size, new_size, out)
-    return out.reshape(heads, new_grid[0] * new_grid[1], -1).to(bias.dtype)
+    out = bias.to(torch.promote_types(bias.dtype, torch.float32)).reshape([bias.shape[0]] + grid)
+    for size, new_size in zip(grid, new_grid):  # the first axis becomes the last: four such turns put all back
+        out = out.movedim(1, -1) @ _bicubic_weights(size, new_size, out)
+    return out.flatten(3).flatten(1, 2).to(bias.dtype)
 
 
 def _bicubic_weights(size: int, new_size: int, like: Tensor) -> Tensor:
