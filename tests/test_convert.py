@@ -4,8 +4,10 @@ where train.py itself has written them."""
 import argparse
 import json
 import os
+import shutil
 import signal
 import stat
+import tempfile
 
 import pytest
 import timm
@@ -13,7 +15,7 @@ import torch
 from common import PARITY, RELEASE_FILES, SMALL, authors_weights, parity_input
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from timm.utils import reparameterize_model
+from timm.utils import CheckpointSaver, ModelEmaV3, reparameterize_model
 
 from timm_cmt.cli import convert, main
 
@@ -23,12 +25,18 @@ ARGS = dict(  # what train.py always writes, as far as it matters; None is the m
 )  # fmt: skip
 
 
-def save(path, trained, /, **args) -> torch.nn.Module:
-    """A checkpoint with train.py's arguments, or without any."""
-    checkpoint = dict(state_dict=trained.state_dict())
-    if args:
-        checkpoint["args"] = argparse.Namespace(**{**ARGS, **args})
-    torch.save(checkpoint, path)
+def save(path, trained, /, ema=None, **args) -> torch.nn.Module:
+    """A checkpoint by timm's own saver, with train.py's arguments, or without any."""
+    with tempfile.TemporaryDirectory() as work:
+        saver = CheckpointSaver(
+            trained,
+            torch.optim.SGD(trained.parameters()),
+            args=argparse.Namespace(**{**ARGS, **args}) if args else None,
+            model_ema=ema,
+            checkpoint_dir=work,
+        )
+        saver.save_checkpoint(0, metric=1.0)
+        shutil.copy(f"{work}/last.pth.tar", path)
     return trained.eval()
 
 
@@ -173,11 +181,10 @@ def test_a_size_that_train_py_was_told_for_its_images_alone_is_kept(path, out):
 
 
 def test_the_averaged_weights_are_preferred(path, out, capsys):
-    model, ema = small(), small().eval()
-    checkpoint = dict(state_dict=model.state_dict(), state_dict_ema=ema.state_dict())
-    torch.save(checkpoint | dict(args=argparse.Namespace(**ARGS | dict(model_kwargs=SMALL))), path)
+    ema = ModelEmaV3(small())
+    save(path, small(), ema=ema, model_kwargs=SMALL)
     assert main(["convert", str(path), "--out", str(out)]) == 0
-    assert_same(ema, out)
+    assert_same(ema.module.eval(), out)
     assert "weights: state_dict_ema, averaged" in capsys.readouterr().out
 
 

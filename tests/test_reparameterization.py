@@ -201,6 +201,32 @@ def test_folded_and_plain_weights_are_told_apart(change, features_only):
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), folded.state_dict().values()))
 
 
+@pytest.mark.parametrize("features_only", [False, True])
+def test_folded_and_plain_weights_of_a_part_are_told_apart(features_only):
+    """Without the model around it, whose own check comes first; what can be exchanged unseen, as torch names both."""
+    plain = timm.create_model("cmt_ti", **{**SMALL, "num_classes": 0}, features_only=features_only).eval()
+    folded = reparameterize_model(plain)
+    stage = "stages_0" if features_only else "stages.0"
+    block = f"{stage}.blocks.0"
+    for part in ("stem", "stem.conv2", stage, block, f"{block}.attn", f"{block}.attn.sr", f"{block}.mlp.conv2"):
+        a, b = plain.get_submodule(part), folded.get_submodule(part)
+        with pytest.raises(RuntimeError, match="of a reparameterized model; load it into"):
+            a.load_state_dict(b.state_dict(), strict=False)
+        with pytest.raises(RuntimeError, match="of a plain one; load it before you reparameterize"):
+            b.load_state_dict(a.state_dict(), strict=False)
+        a.load_state_dict(a.state_dict()), b.load_state_dict(b.state_dict())
+
+
+def test_the_weights_of_a_model_without_norms_are_not_called_reparameterized():
+    bare, model = make("cmt_ti", 0), make("cmt_ti", 1)
+    for name, module in list(bare.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            bare.set_submodule(name, nn.Identity())
+    result = model.load_state_dict(bare.state_dict(), strict=False)
+    assert not result.unexpected_keys and all(".norm." in key for key in result.missing_keys)
+    bare.load_state_dict(bare.state_dict())
+
+
 def test_a_partial_state_dict_is_not_called_reparameterized():
     model = make("cmt_ti")
     given = {key: value + 1 for key, value in model.state_dict().items() if ".mlp.conv2.conv." in key}
@@ -212,7 +238,7 @@ def test_a_partial_state_dict_is_not_called_reparameterized():
 @pytest.mark.parametrize(
     "targets", [dict(target_modules=["conv2.conv"]), dict(target_parameters=["rel_pos_bias.weight"])]
 )
-@pytest.mark.parametrize("saved", [None, ["head"]])
+@pytest.mark.parametrize("saved", [None, ["head"], ["mlp.conv2"]])
 def test_an_adapter_by_peft_is_saved_and_loaded(targets, saved, tmp_path):
     peft = pytest.importorskip("peft", reason="NOT TESTED: adapters; pip install peft")
     torch.manual_seed(0)
@@ -221,6 +247,10 @@ def test_an_adapter_by_peft_is_saved_and_loaded(targets, saved, tmp_path):
         copy.deepcopy(base), peft.LoraConfig(init_lora_weights=False, modules_to_save=saved, **targets)
     )
     trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "modules_to_save" in name:
+                param.add_(0.1)  # as training does
     assert not any("final_conv" in name for name in trained)
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)

@@ -2,8 +2,12 @@
 
 import os
 import pickle
+import tempfile
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import timm
@@ -45,15 +49,41 @@ def test_a_file_that_is_no_checkpoint_is_shown(content, message, tmp_path):
     assert message in problem(tmp_path / "some.pth")
 
 
-def test_a_file_that_may_not_be_read_is_not_said_to_be_broken(tmp_path, monkeypatch):
-    path = tmp_path / "secret.pth"
-    path.touch()
+@contextmanager
+def not_as_root() -> Iterator[None]:
+    """As another user, where this is root, who may read and write all."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
-    def deny(*_):
-        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(weights, "open", deny, raising=False)  # root may read any file
-    assert problem(path) == f"{path} cannot be read (Permission denied)"
+@pytest.mark.parametrize("closed", ["the file", "its folder"])
+def test_a_file_that_may_not_be_read_is_said_to_be_neither_broken_nor_missing(closed):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        path = Path(folder) / "folder" / "secret.pth"
+        path.parent.mkdir()
+        path.touch()
+        os.chmod(folder, 0o755)
+        (path if closed == "the file" else path.parent).chmod(0)
+        with not_as_root():
+            assert problem(path) == f"{path} cannot be read (Permission denied)"
+        path.parent.chmod(0o700)
+
+
+def test_a_cache_of_another_user_is_named_with_the_way_to_move_it(release, monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        monkeypatch.setenv("TORCH_HOME", f"{folder}/torch")
+        with (
+            not_as_root(),
+            pytest.raises(RuntimeError, match=r"cannot be written \(Permission denied\); set TORCH_HOME"),
+        ):
+            weights.ensure_whole(timm.models.PretrainedCfg(url=URL))
 
 
 def test_a_folder_is_not_said_to_be_missing(tmp_path):

@@ -7,12 +7,13 @@ the projections of k and v apart where ours is one.
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .layers import ActNormConv, ConvNorm, refuse_other_kind
 from .rel_pos_bias import RelPosBias
 
 __all__ = ["Shape", "adapt", "from_authors_layout", "get_weights", "read_shape", "refuse_misfit"]
@@ -50,12 +51,6 @@ _RENAMES: list[tuple["re.Pattern[str]", str]] = [
     for letter, stage in (zip("abcd", "0123") if "{s}" in pattern else [("", "")])
 ]
 _ONLY_AUTHORS = re.compile(r"(stem_conv|patch_embed_[a-d]\.|relative_pos_[a-d]$|blocks_[a-d]\.|_fc\.|_bn\.)")
-
-# How reparameterization renames a convolution, (plain, folded): by this the two kinds are told apart.
-_FOLDED_KEYS = [
-    (r"(.*\.lpu|.*\.attn\.sr|final_conv\.0)\.conv\.(\w+)$", r"\1.\2"),
-    (r"(stem\.conv[23]|.*\.mlp\.dwconv|.*\.mlp\.conv2)\.conv\.(\w+)$", r"\1.reparam_conv.\2"),
-]
 
 
 def get_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -136,7 +131,9 @@ def adapt(
             f"this checkpoint is {names.get(theirs, 'another CMT')} ({theirs}) and the model is "
             f"{names.get(ours, 'another CMT')} ({ours}); {remedy}"
         )
-    _refuse_other_kind(own.keys(), tensors.keys())
+    for name, module in model.named_modules():
+        if isinstance(module, (ActNormConv, ConvNorm)):  # here too, before anything is copied
+            refuse_other_kind(module, tensors, _common_name(f"{name}."))
     for name, module in model.named_modules():
         if isinstance(module, RelPosBias):
             old = module.resize_in(tensors, _common_name(f"{name}."))
@@ -176,29 +173,6 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _common_name(name: str) -> str:
     """The name in a CMT of what timm's feature extractors call otherwise."""
     return re.sub(r"^(?:model\.|body\.)?(?:stages_(\d+)\.)?", lambda m: f"stages.{m[1]}." if m[1] else "", name)
-
-
-def _refuse_other_kind(own: Iterable[str], given: Iterable[str]) -> None:
-    """Raise where one is of a reparameterized model and the other is not.
-
-    What both have is of the same shape, and would load without `strict` to wrong outputs.
-    """
-    own, given = set(own), set(given)
-    if {_folded_name(name) for name in own} & given - own:
-        raise RuntimeError(
-            "this checkpoint is of a reparameterized model; load it into timm.utils.reparameterize_model(model)"
-        )
-    if own & {_folded_name(name) for name in given - own}:
-        raise RuntimeError(
-            "this model is reparameterized and the checkpoint is of a plain one; load it before you reparameterize"
-        )
-
-
-def _folded_name(name: str) -> str:
-    """What a plain model's tensor is called in a reparameterized one."""
-    for plain, folded in _FOLDED_KEYS:
-        name = re.sub(plain, folded, name)
-    return name
 
 
 def _describe_other(tensors: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The layers that timm and torch do not have, and all that CMT knows of memory layout, kernels and recomputation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from .rel_pos_bias import is_without_grad
 
-__all__ = ["ActNormConv", "ConvNorm", "attend", "fold_norm_after", "plain_conv", "run_block"]
+__all__ = ["ActNormConv", "ConvNorm", "attend", "fold_norm_after", "plain_conv", "refuse_other_kind", "run_block"]
 
 
 class ActNormConv(nn.Module):
@@ -41,6 +41,7 @@ class ActNormConv(nn.Module):
         self.conv = conv
         self.shortcut = shortcut
         self.reparam_conv: nn.Conv2d | None = None  # takes the place of `conv` in a folded model
+        self.register_load_state_dict_pre_hook(refuse_other_kind)
 
     def forward(self, x: Tensor) -> Tensor:
         overwrite = False
@@ -104,6 +105,7 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride=kernel_size, groups=groups, device=device, dtype=dtype)
         self.norm = nn.BatchNorm2d(dim, device=device, dtype=dtype)
+        self.register_load_state_dict_pre_hook(refuse_other_kind)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
@@ -140,6 +142,7 @@ def plain_conv(conv: nn.Module) -> nn.Conv2d:
         plain.weight.copy_(conv.weight)
         assert plain.bias is not None
         plain.bias.copy_(conv.bias) if conv.bias is not None else plain.bias.zero_()
+    plain.register_load_state_dict_pre_hook(refuse_other_kind)
     return plain.train(conv.training)
 
 
@@ -168,6 +171,24 @@ def fold_norm_after(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     conv.weight *= scale[:, None, None, None]
     conv.bias.mul_(scale).add_(shift)
     return conv
+
+
+def refuse_other_kind(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before weights are loaded: raise where they are folded and the module is not, or the reverse.
+
+    What both have is of the same shape, and would load without `strict` to wrong outputs.
+
+    Raises:
+        RuntimeError: The keys that begin with `prefix` are those of the other kind.
+    """
+    if hasattr(module, "conv") and not {f"{prefix}reparam_conv.weight", f"{prefix}weight"}.isdisjoint(state_dict):
+        raise RuntimeError(
+            "this checkpoint is of a reparameterized model; load it into timm.utils.reparameterize_model(model)"
+        )
+    if not hasattr(module, "conv") and f"{prefix}conv.weight" in state_dict:
+        raise RuntimeError(
+            "this model is reparameterized and the checkpoint is of a plain one; load it before you reparameterize"
+        )
 
 
 # ---- memory layout and kernels

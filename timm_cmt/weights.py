@@ -79,8 +79,12 @@ def check_file(path: str | Path) -> None:
     """Raise if there is no checkpoint at `path` that can be loaded: FileNotFoundError or RuntimeError."""
     if os.path.isdir(path):
         raise FileNotFoundError(f"{path} is a folder; name a checkpoint, which is a file")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    try:
+        os.stat(path)
+    except PermissionError as err:  # of a folder on the way
+        raise RuntimeError(f"{path} cannot be read ({err.strerror})") from None
+    except OSError:
+        raise FileNotFoundError(f"there is no checkpoint at {path}") from None
     problem = _find_problem(path)
     if problem:
         raise RuntimeError(f"{path} {problem}")

@@ -25,3 +25,12 @@ def wheel(tmp_path_factory) -> Path:
         pytest.skip("NOT TESTED: the wheel. setuptools could not be downloaded; run where the package index is reached")
     assert done.returncode == 0, done.stderr
     return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory) -> Path:
+    """What pip makes of the wheel, to be put on PYTHONPATH."""
+    site = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    return site

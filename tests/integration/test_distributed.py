@@ -71,7 +71,7 @@ def train(noise, tmp_path_factory):
             f"--batch-size {32 // processes} --opt sgd --lr 0.05 --warmup-epochs 0 --no-aug --workers 1 --device cpu "
             "--output out --experiment test"
         )
-        sync = "--sync-bn --device-modules cpu_device" if processes > 1 else ""
+        sync = "--sync-bn --grad-checkpointing --device-modules cpu_device" if processes > 1 else ""
         log = launch(processes, "train.py", *options.split(), *sync.split(), cwd=cwd)
         assert ("total 2" in log and "Synchronized BatchNorm" in log) == (processes == 2)
         with open(cwd / "out" / "test" / "summary.csv") as file:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,10 @@ def hub():
 
 
 @pytest.fixture
-def user(hub, release, tmp_path):
-    """Run Python in fresh processes, as a user of that Hub with a copy of the package of their own."""
+def user(hub, installed, release, tmp_path):
+    """Run Python in fresh processes, as a user of that Hub who has installed the wheel."""
     site = tmp_path / "site"
-    shutil.copytree(ROOT / "timm_cmt", site / "timm_cmt", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(installed, site)
     environ = {
         **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TIMM_CMT"))},
         "PYTHONPATH": str(site),
@@ -74,6 +75,11 @@ def user(hub, release, tmp_path):
             [sys.executable, *arguments], cwd=tmp_path, env={**environ, **extra}, capture_output=True, text=True
         )
 
+    def start(*arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "timm_cmt", *arguments]
+        return subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True)
+
+    run.start = start
     run.folder = tmp_path
     run.record = site / "timm_cmt" / "hub.json"
     run.record.write_text(json.dumps(EMPTY))  # whatever the checkout's own says by now
@@ -221,6 +227,22 @@ sys.exit(main(["convert", "--model", "cmt_ti", "--out", "out"]))
     assert done.returncode == 1
     assert "File too large" in one_line(done.stderr) or os.strerror(errno.ENOSPC) in done.stderr
     assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_convert_that_is_told_to_end_leaves_nothing(user, tmp_path):
+    process = user.start("convert", "--model", "cmt_ti", "--out", "out")
+    while process.poll() is None and not list(tmp_path.glob(".out-*/out/*")):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 143 and not list(tmp_path.glob("*out*"))
+
+
+def test_of_two_converts_to_one_name_one_writes_it_and_the_other_says_so(user, tmp_path):
+    processes = [user.start("convert", "--model", "cmt_ti", "--out", "out") for _ in range(2)]
+    said = [process.communicate()[1] for process in processes]
+    errors = [one_line(error) for error, process in zip(said, processes) if process.returncode]
+    assert len(errors) == 1 and "out is there already; name another folder, or remove it" in errors[0]
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out"] and len(list((tmp_path / "out").iterdir())) == 3
 
 
 # ---- publish and load

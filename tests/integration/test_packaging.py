@@ -37,19 +37,16 @@ def test_changelog_and_citation_are_of_this_version():
     assert f"\nversion: {timm_cmt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_the_installed_wheel_registers_the_models(wheel, tmp_path):
-    site = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
-    subprocess.run(command, check=True, capture_output=True)
+def test_the_installed_wheel_registers_the_models(installed, tmp_path):
     # Its metadata comes first on the path, so that it is this installation whose entry point torch calls.
     done = subprocess.run(
         [sys.executable, "-c", "import timm, timm_cmt; print(timm_cmt.__file__, len(timm.list_models('cmt*')))"],
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env={**os.environ, "PYTHONPATH": str(installed)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split() == [str(site / "timm_cmt" / "__init__.py"), "5"], done.stderr
+    assert done.stdout.split() == [str(installed / "timm_cmt" / "__init__.py"), "5"], done.stderr
 
 
 def test_from_a_zip_the_data_files_are_read_and_one_that_is_missing_is_none(wheel, tmp_path):

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _ended_by_signals():
             try:
-                args = _build_parser().parse_args(argv)
+                with _ended_at_once_by_ctrl_c():
+                    args = _build_parser().parse_args(argv)
+                    import_module(f".{args.module}", __package__)  # and with it torch and timm
                 args.run(args)
             finally:
                 if sys.stdout is not None:
@@ -100,6 +103,27 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextmanager
+def _ended_at_once_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end the process while nothing is written yet, not by an exception: torch goes on after one that comes
+    while it imports numpy, and Python wraps some in errors of its own.
+    """
+
+    def end(*_: Any) -> NoReturn:
+        _fail("interrupted")
+        os._exit(128 + signal.SIGINT)
+
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _fail(message: str) -> int:
     print(f"timm-cmt: error: {message}", file=sys.stderr)
     return 1
@@ -136,7 +160,7 @@ def _build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--device", type=_device, default="cpu", help="torch device, such as cpu or cuda (default: %(default)s)"
     )
-    demo.set_defaults(run=_run_demo)
+    demo.set_defaults(run=_run_demo, module="demo")
 
     plot = commands.add_parser(
         "plot-bias",
@@ -159,7 +183,7 @@ def _build_parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "--out", type=Path, default=Path("bias.png"), metavar="FILE", help="picture to write (default: %(default)s)"
     )
-    plot.set_defaults(run=_run_plot_bias)
+    plot.set_defaults(run=_run_plot_bias, module="plot_bias")
 
     conversion = commands.add_parser(
         "convert",
@@ -186,7 +210,7 @@ def _build_parser() -> argparse.ArgumentParser:
     names.add_argument(
         "--data-dir", type=Path, metavar="FOLDER", help="the ImageFolder, whose class folders have the names"
     )
-    conversion.set_defaults(run=_run_convert)
+    conversion.set_defaults(run=_run_convert, module="convert")
 
     publication = commands.add_parser(
         "publish",
@@ -209,7 +233,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="hub.json to record ORG and the commits in (default: that of the checkout of timm-cmt that the command "
         "runs in; without one they are printed)",
     )
-    publication.set_defaults(run=_run_publish)
+    publication.set_defaults(run=_run_publish, module="publish")
 
     recipe = commands.add_parser(
         "recipe",
@@ -221,13 +245,13 @@ def _build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--batch-size", type=_count("images"), help="images on each GPU (default: the recipe's)")
     recipe.add_argument("--gpus", type=_count("GPUs"), help="GPUs of the machine (default: 1)")
     recipe.add_argument("--data-dir", help="the data set's folder (default: DIR, to be filled in)")
-    recipe.set_defaults(run=_run_recipe)
+    recipe.set_defaults(run=_run_recipe, module="recipe")
 
     configs = commands.add_parser("hub-configs", help="write the configurations and model cards of published models")
     configs.add_argument(
         "--out", type=Path, default=Path("hub_configs"), help="folder to write into (default: %(default)s)"
     )
-    configs.set_defaults(run=_run_hub_configs)
+    configs.set_defaults(run=_run_hub_configs, module="cards")
     return parser
 
 
