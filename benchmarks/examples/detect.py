@@ -1,7 +1,7 @@
 """Train RetinaNet on a CMT, from random weights, until it finds the objects in six photographs, and draw its boxes.
 
 It is tested on the photographs that it was trained on: this shows that a detector on a CMT learns, and nothing about
-others. Run: python benchmarks/examples/detect.py [--photographs FILE ...] [--model cmt_ti] [--steps 100] [--out boxes.png]
+others. Run: python benchmarks/examples/detect.py [--model cmt_ti] [--size 128] [--steps 100] [--out boxes.png]
 """
 
 import argparse
@@ -22,24 +22,22 @@ from timm_cmt.detection import retinanet
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photographs", nargs="+", choices=PHOTOGRAPHS, default=list(PHOTOGRAPHS))
     parser.add_argument("--model", default="cmt_ti")
     parser.add_argument("--size", type=int, default=128, help="pixels of an image's shorter side")
-    parser.add_argument("--steps", type=int, default=100, help="training steps, each on all photographs")
+    parser.add_argument("--steps", type=int, default=100, help="training steps, each on all six photographs")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("boxes.png"))
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    photographs = {file: PHOTOGRAPHS[file] for file in args.photographs}
-    images = [to_dtype(pil_to_tensor(open_photograph(file)), torch.float32, scale=True) for file in photographs]
+    images = [to_dtype(pil_to_tensor(open_photograph(file)), torch.float32, scale=True) for file in PHOTOGRAPHS]
     targets = [
         dict(
             boxes=torch.tensor([box for _, box in objects], dtype=torch.float32),
             labels=torch.tensor([CLASSES.index(name) for name, _ in objects]),
         )
-        for objects in photographs.values()
+        for objects in PHOTOGRAPHS.values()
     ]
     images = [image.to(args.device) for image in images]
     targets = [{key: value.to(args.device) for key, value in target.items()} for target in targets]
@@ -62,12 +60,12 @@ def main() -> None:
     with torch.inference_mode():
         found = [keep_certain(output) for output in model.eval()(images)]
     best = [best_overlaps(target, output) for target, output in zip(targets, found)]
-    for file, overlaps, output in zip(photographs, best, found):
-        names = [name for name, _ in photographs[file]]
+    for file, overlaps, output in zip(PHOTOGRAPHS, best, found):
+        names = [name for name, _ in PHOTOGRAPHS[file]]
         print(f"{file}: {len(output['boxes'])} boxes;", *(f"{n} {o:.2f}" for n, o in zip(names, overlaps)))
     overlaps = torch.cat(best)
     print(f"{int((overlaps > 0.5).sum())} of {len(overlaps)} objects found, mean overlap {overlaps.mean():.3f}")
-    draw(args.photographs, targets, found, args.out)
+    draw(targets, found, args.out)
     print(args.out)
 
 
@@ -84,12 +82,11 @@ def best_overlaps(target: dict[str, Tensor], output: dict[str, Tensor]) -> Tenso
     return torch.cat([overlaps, torch.zeros(len(overlaps), 1)], dim=1).amax(dim=1)
 
 
-def draw(files: list[str], targets: list[dict[str, Tensor]], found: list[dict[str, Tensor]], path: Path) -> None:
+def draw(targets: list[dict[str, Tensor]], found: list[dict[str, Tensor]], path: Path) -> None:
     """Draw each photograph twice, with the true boxes on the left and the found ones, with scores, on the right."""
-    rows = (len(files) + 1) // 2
-    figure = Figure(figsize=(11, 7.4 / 3 * rows), layout="constrained")
-    axes = figure.subplots(rows, 4, squeeze=False).reshape(-1, 2)
-    for file, target, output, (left, right) in zip(files, targets, found, axes):
+    figure = Figure(figsize=(11, 7.4), layout="constrained")
+    axes = figure.subplots(3, 4).reshape(6, 2)
+    for file, target, output, (left, right) in zip(PHOTOGRAPHS, targets, found, axes):
         draw_boxes(left, file, target, "drawn by hand")
         draw_boxes(right, file, output, "found")
     save_picture(figure, path)
