@@ -15,7 +15,9 @@ runtime = pytest.importorskip("onnxruntime", reason="NOT TESTED: ONNX; pip insta
 
 
 def infer(path: Path, x: Tensor) -> Tensor:
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1  # more would spin while they wait
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, dict(x=x.numpy()))[0])
 
 

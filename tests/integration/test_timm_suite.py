@@ -16,7 +16,8 @@ from common import MODELS, RELEASE_FILES, authors_weights
 EDITED = "test_models_edited.py"  # timm's file with CMT among the modules whose intermediate features it tests
 # Only timm's limits on the size of what it runs may skip a test, of these models at most so many.
 SIZE_LIMIT = "Fixed input size model > limit."
-SKIPPED = dict(cmt_b=1, cmt_l=1)
+SKIPPED = dict(cmt_b=1, cmt_l=3)
+EDITED_SKIPPED = dict(cmt_l=3)
 
 
 @pytest.fixture(scope="module")
@@ -104,4 +105,4 @@ def test_timm_s_model_tests_pass_unmodified(name, outcomes):
 def test_timm_s_tests_of_intermediates_pass_with_cmt_added_to_their_modules(name, outcomes):
     ends = outcomes[EDITED.removesuffix(".py"), name]
     assert set(ends) <= {"passed", SIZE_LIMIT}, "\n".join(ends)
-    assert len(ends) >= 2  # SIZE_LIMIT
+    assert len(ends) >= 2 and ends.count(SIZE_LIMIT) <= EDITED_SKIPPED.get(name, 0)

@@ -44,4 +44,4 @@ def test_a_program_that_is_right_passes_and_one_that_is_wrong_does_not(python, t
     options = ["--python-executable", python, "--cache-dir", str(tmp_path / "mypy"), "--no-error-summary"]
     command = [sys.executable, "-m", "mypy", *options, "right.py", "wrong.py"]  # in one run, since torch is large
     (error,) = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.splitlines()
-    assert error.startswith("wrong.py:8: error:") and '"num_classes" to "CMT" has incompatible type "str"' in error
+    assert error.startswith("wrong.py:7: error:") and '"num_classes" to "CMT" has incompatible type "str"' in error
