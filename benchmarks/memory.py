@@ -17,6 +17,9 @@ import timm
 import torch
 from throughput import AUTHORS, DTYPES, describe, make_model
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from timm_cmt.cmt import VARIANTS
@@ -24,21 +27,43 @@ from timm_cmt.cmt import VARIANTS
 WAYS = ["evaluation", "training", "recompute_act", "checkpointing"]
 
 
+class Storages(TorchDispatchMode):
+    """What the operators that run in it have made: address -> bytes of what is still there."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.made[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    def alive(self) -> dict[int, int]:
+        return {address: size for address, (storage, size) in self.made.items() if not storage.expired()}
+
+
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass keeps for the backward pass, each storage once, parameters and buffers apart."""
+    """Bytes that a forward pass keeps for the backward pass, each storage once, parameters and buffers apart.
+
+    That is what autograd saves, and what else is there when the pass has ended: a checkpoint keeps by itself what it
+    does not compute twice.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved, kept = {}, []
 
     def pack(tensor: Tensor) -> Tensor:
         kept.append(tensor)  # so that no address is given to another
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return sum(saved.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), Storages() as storages:
+        out = model(x)  # noqa: F841 (the graph is there as long as this)
+    return sum(size for address, size in {**saved, **storages.alive()}.items() if address not in own)
 
 
 def measure(name: str, way: str, authors: Path | None, batch: int, dtype: str, device: str) -> tuple[float, float]:

@@ -21,6 +21,7 @@ RELEASE_FILES = {  # of the variants that the authors have released weights of
     name: url.rpartition("/")[2] for name in MODELS if (url := default_cfgs[name].default.url)
 }
 WITH_WEIGHTS = list(RELEASE_FILES)
+RESIZES = {"Less", "Resize"}  # operators of ONNX graphs in which a position bias is resized, and of no others
 
 
 def _values(key: str, shape: list[int], seed: int) -> np.ndarray:

@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # several processes (pytest -n) a
 os.environ["TIMM_CMT_HUB_ORG"] = ""
 
 INTEGRATION = Path(__file__).parent / "integration"
-LONGEST = ["test_timm_suite.py"]  # files that take minutes, which pytest -n has to begin with
+LONGEST = ["test_timm_suite.py", "test_demo.py", "test_detection.py"]  # minutes each: pytest -n has to begin with them
 
 
 def pytest_configure(config):

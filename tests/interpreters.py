@@ -22,7 +22,7 @@ for line in sys.stdin:
     code, stdout, stderr = json.loads(line)
     child = os.fork()
     if not child:
-        signal.alarm(120)  # a deadlock ends here
+        signal.alarm(int(sys.argv[1]))  # a deadlock ends here
         for number, path in ((1, stdout), (2, stderr)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         status = 0
@@ -59,11 +59,12 @@ def said(done: subprocess.CompletedProcess) -> str:
 class Forks:
     """Processes forked from an interpreter that has imported torch: as fresh for timm, at a tenth of the price."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, seconds: int = 120, **environ: str):
+        """Write what they say into a folder, and end each after so many seconds."""
         self._files = [str(folder / "stdout"), str(folder / "stderr")]
-        command = [sys.executable, "-c", _FORKS]
+        command = [sys.executable, "-c", _FORKS, str(seconds)]
         pipe = subprocess.PIPE
-        self._server = subprocess.Popen(command, env=clean_environ(), stdin=pipe, stdout=pipe, text=True)
+        self._server = subprocess.Popen(command, env=clean_environ(**environ), stdin=pipe, stdout=pipe, text=True)
 
     def run(self, code: str) -> subprocess.CompletedProcess:
         """Run code in a process of its own, in which `import torch` has been done."""

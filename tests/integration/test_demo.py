@@ -1,5 +1,6 @@
 """The demo, as a user runs it, and the model it trains with 8-bit linear layers in onnxruntime."""
 
+import functools
 import json
 import re
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from common import RESIZES
 from PIL import Image
 from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
@@ -39,23 +41,45 @@ def test_the_demo_reaches_98_percent(demo):
     assert model.eval()(transform(Image.open(digit))[None]).argmax().item() == 4
 
 
-def test_its_printed_ways_to_predict_convert_and_export_work(demo, tmp_path):
+@pytest.fixture(scope="module")
+def exported(demo) -> Path:
+    """model.onnx, by the commands that the demo printed."""
+    pytest.importorskip("onnxruntime", reason="NOT TESTED: the export; pip install onnx onnxruntime onnxscript")
     done, folder = demo
-    snippets = re.findall(r"^import timm.*\n(?:.+\n)+", done.stdout, re.M)
     (command,) = re.findall(r"^timm-cmt (convert .*)$", done.stdout, re.M)
-    assert [snippet.count("\n") for snippet in snippets] == [4, 3]
+    assert main(shlex.split(command)) == 0
+    *_, snippet = find_snippets(done.stdout)
+    exec(snippet, {})  # noqa: S102
+    return folder / "model.onnx"
+
+
+def find_snippets(text: str) -> list[str]:
+    return re.findall(r"^import timm.*\n(?:.+\n)+", text, re.M)
+
+
+def test_its_printed_ways_to_predict_and_convert_work(demo, exported, tmp_path):
+    done, folder = demo
+    snippets = find_snippets(done.stdout)
+    assert [snippet.count("\n") for snippet in snippets] == [4, 4]
     predict = subprocess.run([sys.executable, "-c", snippets[0]], cwd=tmp_path, capture_output=True, text=True)
     label = re.search(r"validation/(\d)/", snippets[0])[1]
     assert predict.stdout.split() == [label], predict.stderr
-    assert main(shlex.split(command)) == 0
     config = json.loads((folder / "model" / "config.json").read_text())
     assert config["label_names"] == [str(digit) for digit in range(10)]
     assert config["pretrained_cfg"]["crop_pct"] == 1.0 and config["pretrained_cfg"]["input_size"] == [3, 64, 64]
-    onnxruntime = pytest.importorskip("onnxruntime", reason="NOT TESTED: the export; pip install onnx onnxruntime")
-    exec(snippets[1], {})  # noqa: S102
-    session = onnxruntime.InferenceSession(folder / "model.onnx")
-    (logits,) = session.run(None, {"x": torch.zeros(1, 3, 64, 64).numpy()})
-    assert logits.shape == (1, 10)
+
+
+def test_the_onnx_that_its_printed_commands_write_has_the_model_s_answers_and_no_interpolation(demo, exported, digits):
+    import onnx
+    from test_export import infer
+
+    _, folder = demo
+    assert not {node.op_type for node in onnx.load(exported).graph.node} & RESIZES
+    model = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
+    images = digits("validation")[0][:50]
+    with torch.inference_mode():
+        expected = model(images)
+    assert (infer(exported, images) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 # ---- 8-bit linear layers
@@ -66,6 +90,7 @@ def digits(demo):
     """split -> (images, labels) of the demo's digits."""
     _, folder = demo
 
+    @functools.cache
     def load(split: str) -> tuple[Tensor, Tensor]:
         dataset = create_dataset("", root=str(folder / "digits"), split=split)
         loader = create_loader(
@@ -85,19 +110,18 @@ def digits(demo):
 
 
 @pytest.fixture(scope="module")
-def exported(demo, tmp_path_factory) -> Path:
+def prepared(exported) -> Path:
     """The demo's model, as onnxruntime's quantisation wants it."""
-    pytest.importorskip("onnxruntime", reason="NOT TESTED: 8-bit models; pip install onnx onnxruntime onnxscript")
     from onnxruntime.quantization.shape_inference import quant_pre_process
-    from test_export import export
 
-    _, folder = demo
-    model = timm.create_model(
-        "cmt_ti", img_size=64, num_classes=10, checkpoint_path=str(folder / "last.pth.tar")
-    ).eval()
-    path = export(model, tmp_path_factory.mktemp("onnx") / "model.onnx")
-    quant_pre_process(path, path.with_name("prepared.onnx"))
-    return path.with_name("prepared.onnx")
+    quant_pre_process(exported, exported.with_name("prepared.onnx"))
+    return exported.with_name("prepared.onnx")
+
+
+@pytest.fixture(scope="module")
+def accuracy(prepared, digits) -> float:
+    """Top-1 in percent before quantisation."""
+    return top1(prepared, digits)
 
 
 def linear_layers() -> int:
@@ -109,23 +133,23 @@ def top1(path: Path, digits) -> float:
     from test_export import infer
 
     images, labels = digits("validation")
-    accuracy = 100 * (infer(path, images).argmax(1) == labels).float().mean().item()
-    print(f"{path.name}: top-1 {accuracy:.2f} %, {path.stat().st_size / 1e6:.1f} MB")  # README's table; -rP shows it
-    return accuracy
+    percent = 100 * (infer(path, images).argmax(1) == labels).float().mean().item()
+    print(f"{path.name}: top-1 {percent:.2f} %, {path.stat().st_size / 1e6:.1f} MB")  # the page's table; -rP shows it
+    return percent
 
 
-def test_dynamic_quantisation_keeps_the_demo_s_accuracy(exported, digits, tmp_path):
+def test_dynamic_quantisation_keeps_the_demo_s_accuracy(prepared, accuracy, digits, tmp_path):
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     path = tmp_path / "dynamic.onnx"
-    quantize_dynamic(exported, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+    quantize_dynamic(prepared, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
     operators = Counter(node.op_type for node in onnx.load(path).graph.node)
     assert operators["MatMulInteger"] == linear_layers()
-    assert top1(path, digits) >= top1(exported, digits) - 1
+    assert top1(path, digits) >= accuracy - 1
 
 
-def test_static_quantisation_keeps_the_demo_s_accuracy(exported, digits, tmp_path):
+def test_static_quantisation_keeps_the_demo_s_accuracy(prepared, accuracy, digits, tmp_path):
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
@@ -138,7 +162,7 @@ def test_static_quantisation_keeps_the_demo_s_accuracy(exported, digits, tmp_pat
 
     path = tmp_path / "static.onnx"
     quantize_static(
-        exported,
+        prepared,
         path,
         Calibration(),
         op_types_to_quantize=["MatMul", "Gemm"],
@@ -147,4 +171,4 @@ def test_static_quantisation_keeps_the_demo_s_accuracy(exported, digits, tmp_pat
     )
     weights = Counter(tensor.data_type for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 2)
     assert weights[onnx.TensorProto.INT8] == linear_layers()
-    assert top1(path, digits) >= top1(exported, digits) - 1
+    assert top1(path, digits) >= accuracy - 1

@@ -67,11 +67,19 @@ def test_timm_in_a_zip_has_the_models(tmp_path):
     assert shown == [FIVE, str(tmp_path / "timm.zip" / "timm" / "__init__.py")]
 
 
-def test_the_package_in_a_zip_has_the_models(wheel, tmp_path):
+def test_the_package_in_a_zip_has_the_models_and_reads_its_data_files(wheel, tmp_path):
     # A wheel is a zip, and Python can import from it.
-    code = f"{SHOW}; timm.create_model('cmt_ti', device='meta'); import timm_cmt; print(timm_cmt.__file__)"
-    shown = said(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(wheel))).splitlines()
-    assert shown == [FIVE, str(wheel / "timm_cmt" / "__init__.py")]
+    code = """
+    import os
+    os.environ.pop("TIMM_CMT_HUB_ORG")  # which the tests set, so that hub.json counts
+    timm.create_model("cmt_ti", device="meta")
+    import timm_cmt.weights
+    from timm_cmt.cli.cards import make_card
+    print(timm_cmt.__file__, timm_cmt.weights.get_hub_id("unpublished"), "license: mit" in make_card("cmt_ti"))
+    """
+    command = [sys.executable, "-c", SHOW + textwrap.dedent(code)]
+    shown = said(run(*command, cwd=tmp_path, PYTHONPATH=str(wheel))).splitlines()
+    assert shown == [FIVE, f"{wheel}/timm_cmt/__init__.py None True"]
 
 
 # ---- PyInstaller

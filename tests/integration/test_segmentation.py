@@ -63,7 +63,7 @@ def test_cmt_s_gives_a_mask_of_the_image_s_size(decoder):
 @DECODERS
 def test_a_training_step_lowers_the_loss_and_reaches_stem_and_bias(decoder):
     torch.manual_seed(0)
-    model = build(decoder, "tu-cmt_s", classes=3).train()
+    model = build(decoder, classes=3).train()
     images, masks = torch.randn(2, 3, 64, 96), torch.randint(3, (2, 64, 96))
 
     def loss() -> torch.Tensor:

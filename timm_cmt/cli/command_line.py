@@ -149,7 +149,7 @@ def _build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", default="cmt_ti", type=_model, help=f"{a_model} (default: %(default)s)")
     demo.add_argument("--pretrained", action="store_true", help="start from the ImageNet weights")
     demo.add_argument(
-        "--epochs", type=_count("epochs"), default=12, help="epochs over the training images (default: %(default)s)"
+        "--epochs", type=_count("epochs"), default=8, help="epochs over the training images (default: %(default)s)"
     )
     demo.add_argument(
         "--img-size", type=_image_size, default=64, help="height and width in pixels (default: %(default)s)"

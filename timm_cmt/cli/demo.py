@@ -54,7 +54,7 @@ def write_digits(folder: Path) -> None:
 def run_demo(
     output: Path,
     model_name: str = "cmt_ti",
-    epochs: int = 12,
+    epochs: int = 8,
     img_size: int = 64,
     device: str = "cpu",
     pretrained: bool = False,
@@ -166,12 +166,13 @@ def predict_snippet(checkpoint: Path, model_name: str, img_size: int, image: str
 
 
 def export_snippet(folder: Path, img_size: int, path: Path) -> str:
-    """Python that writes a converted model as ONNX."""
+    """Python that writes a converted model as ONNX, for any number of images."""
     name = f"local-dir:{folder}"
     return (
         f"import timm, torch\n"
         f"model = timm.create_model({name!r}, pretrained=True).eval()\n"
-        f"torch.onnx.export(model, (torch.zeros(1, 3, {img_size}, {img_size}),), {str(path)!r}, dynamo=True)"
+        f"options = dict(dynamo=True, dynamic_shapes=({{0: torch.export.Dim('batch')}},))\n"
+        f"torch.onnx.export(model, (torch.zeros(2, 3, {img_size}, {img_size}),), {str(path)!r}, **options)"
     )
 
 
