@@ -24,6 +24,7 @@ _FILES = {"timm.models": "cmt", "torchvision.models": "torchvision_models"}
 _PACKAGES = {registry.partition(".")[0]: registry for registry in _FILES}
 # The modules that have ours in their registries. A reload of this package must not forget them.
 _registries: dict[str, Any] = globals().get("_registries", {})
+_warned: set[str] = set()
 
 
 def register() -> None:
@@ -65,8 +66,9 @@ class _Finder:
         self._asked: list[str] = []
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name in _PACKAGES or any(p in sys.modules and r not in sys.modules for p, r in _PACKAGES.items()):
-            self._come_first()
+        for package, registry in _PACKAGES.items():
+            if name == package or (package in sys.modules and registry not in sys.modules):
+                self._come_first()
         if (name not in _FILES and not name.startswith(f"{__name__}.")) or name in self._asked:
             return None
         # Another finder may ask all finders too, this one among them. One list is enough for all threads: Python calls
@@ -127,6 +129,9 @@ class _Loader:
 
 def _warn_not_registered(err: Exception) -> None:
     message = f"timm-cmt: CMT models are missing from timm or torchvision ({type(err).__name__}: {err})"
+    if message in _warned:  # `register` is called for each package
+        return
+    _warned.add(message)
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     except RuntimeWarning:  # under `python -W error`: torch has to import all the same

@@ -2,7 +2,7 @@
 
 They start from random weights, and are tested on the photographs that they were trained on: this shows that a detector
 on a CMT learns all that its targets say, and nothing about other photographs.
-Run: python benchmarks/examples/detect.py [--model cmt_ti] [--size 192] [--steps 300] [--out detections.png]
+Run: python benchmarks/examples/detect.py [--model cmt_ti] [--size 128] [--steps 200] [--out detections.png]
 """
 
 import argparse
@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 from tqdm import tqdm
 
-# Mask R-CNN's heads see this many places of an image in training. With the 512 of COCO, six images take ten times as
-# long.
-ARGUMENTS = {"maskrcnn": dict(box_batch_size_per_image=64, rpn_post_nms_top_n_train=200)}
+# Mask R-CNN's heads see so many places of an image in training. With the 512 of COCO a step takes ten times as long.
+ARGUMENTS = {"maskrcnn": dict(box_batch_size_per_image=32, rpn_post_nms_top_n_train=200)}
 TITLES = {"retinanet": "RetinaNet", "maskrcnn": "Mask R-CNN"}
 
 
@@ -33,8 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="cmt_ti")
     parser.add_argument("--detectors", nargs="+", choices=TITLES, default=list(TITLES))
-    parser.add_argument("--size", type=int, default=192, help="pixels of an image's shorter side")
-    parser.add_argument("--steps", type=int, default=300, help="training steps, each on all six photographs")
+    parser.add_argument("--size", type=int, default=128, help="pixels of an image's shorter side")
+    parser.add_argument("--steps", type=int, default=200, help="training steps, each on all six photographs")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("detections.png"))
