@@ -12,6 +12,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -24,8 +25,8 @@ from timm_cmt.cmt import VARIANTS
 WAYS = ["evaluation", "training", "recompute_act", "checkpointing"]
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass keeps for the backward pass, each storage once, parameters and buffers apart."""
+def find_saved(model: nn.Module, *inputs: Any) -> dict[int, int]:
+    """What a forward pass keeps for the backward pass, without parameters and buffers: a storage's address -> bytes."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved, kept = {}, []
 
@@ -37,8 +38,8 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return sum(saved.values())
+        model(*inputs)
+    return saved
 
 
 def measure(name: str, way: str, authors: Path | None, batch: int, dtype: str, device: str) -> tuple[float, float]:
@@ -70,7 +71,7 @@ def measure(name: str, way: str, authors: Path | None, batch: int, dtype: str, d
         step()
         peak = torch.cuda.max_memory_allocated() - before
     with autocast(), torch.set_grad_enabled(model.training):
-        return saved_bytes(model, x) / 2**20, peak / 2**20
+        return sum(find_saved(model, x).values()) / 2**20, peak / 2**20
 
 
 def read_status(key: str) -> int:
