@@ -12,6 +12,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -46,8 +47,8 @@ class Storages(TorchDispatchMode):
         return {address: size for address, (storage, size) in self.made.items() if not storage.expired()}
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass keeps for the backward pass, each storage once, parameters and buffers apart.
+def find_saved(model: nn.Module, *inputs: Any) -> dict[int, int]:
+    """What a forward pass keeps for the backward pass, without parameters and buffers: a storage's address -> bytes.
 
     That is what autograd saves, and what else is there when the pass has ended: a checkpoint keeps by itself what it
     does not compute twice.
@@ -62,8 +63,8 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), Storages() as storages:
-        out = model(x)  # noqa: F841 (the graph is there as long as this)
-    return sum(size for address, size in {**saved, **storages.alive()}.items() if address not in own)
+        out = model(*inputs)  # noqa: F841 (the graph is there as long as this)
+    return {address: size for address, size in {**saved, **storages.alive()}.items() if address not in own}
 
 
 def measure(name: str, way: str, authors: Path | None, batch: int, dtype: str, device: str) -> tuple[float, float]:
@@ -95,7 +96,7 @@ def measure(name: str, way: str, authors: Path | None, batch: int, dtype: str, d
         step()
         peak = torch.cuda.max_memory_allocated() - before
     with autocast(), torch.set_grad_enabled(model.training):
-        return saved_bytes(model, x) / 2**20, peak / 2**20
+        return sum(find_saved(model, x).values()) / 2**20, peak / 2**20
 
 
 def read_status(key: str) -> int:

@@ -1,4 +1,4 @@
-"""The recipes: the authors' numbers, in keys that timm's train.py knows, and a command with the right learning rate."""
+"""The recipes: the authors' numbers, in keys that train.py knows, and a command with the right learning rate."""
 
 import argparse
 import shlex
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from common import SIZES
 from timm.data import create_dataset
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
@@ -17,9 +18,12 @@ import timm_cmt
 from timm_cmt.cli import main
 from timm_cmt.cli.recipe import find_recipe, list_recipes, make_command
 
-TRANSFER = ["cmt_s-cars", "cmt_s-cifar10", "cmt_s-cifar100", "cmt_s-flowers102", "cmt_s-pets"]
+SETS = ["cars", "cifar10", "cifar100", "flowers102", "pets"]
+TRANSFER = [f"{model}-{name}" for model in ("cmt_b", "cmt_s") for name in SETS]
 IMAGENET = ["cmt_b", "cmt_l", "cmt_s", "cmt_ti", "cmt_xs"]
-RECIPES = list_recipes()
+COCO = [f"coco-{detector}-{schedule}" for detector in ("maskrcnn", "retinanet") for schedule in ("1x", "3x")]
+ALL = list_recipes()
+RECIPES = [name for name in ALL if name not in COCO]  # for timm's train.py
 # train.py takes any key of a file without a word, one that it does not know as well. So the keys are written out here;
 # tests/integration checks them against train.py's own parser.
 IMAGENET_KEYS = set(
@@ -35,7 +39,7 @@ def read(name: str) -> dict:
 
 
 def test_there_is_a_recipe_for_every_model_and_transfer_set_of_the_paper():
-    assert {*IMAGENET, *TRANSFER} <= set(RECIPES)
+    assert {*IMAGENET, *TRANSFER, *COCO} == set(ALL)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -43,7 +47,7 @@ def test_keys_are_those_of_train_py(name):
     optional = {"model_ema_decay"} if name == "cmt_ti" else set()
     if name in TRANSFER:
         keys = IMAGENET_KEYS - {"aug_repeats", "model_ema", "model_ema_decay"} | {"pretrained", "num_classes"}
-        optional = {"dataset"}
+        optional = {"dataset", "img_size"}
     else:
         keys = IMAGENET_KEYS
     assert keys - optional <= read(name).keys() <= keys | optional
@@ -104,19 +108,21 @@ def test_imagenet_recipes_are_the_authors(
     assert read(name) == given | common
 
 
+@pytest.mark.parametrize("model", ["cmt_s", "cmt_b"])
 @pytest.mark.parametrize(
     ("name", "epochs", "lr", "classes"),
     [
-        ("cmt_s-cifar10", 150, 6e-5, 10),
-        ("cmt_s-cifar100", 150, 6e-5, 100),
-        ("cmt_s-flowers102", 300, 9e-5, 102),
-        ("cmt_s-pets", 300, 6e-5, 37),
-        ("cmt_s-cars", 500, 9e-5, 196),
+        ("cifar10", 150, 6e-5, 10),
+        ("cifar100", 150, 6e-5, 100),
+        ("flowers102", 300, 9e-5, 102),
+        ("pets", 300, 6e-5, 37),
+        ("cars", 500, 9e-5, 196),
     ],
 )
-def test_transfer_recipes_are_the_authors_and_the_rest_is_as_on_imagenet(name, epochs, lr, classes):
-    recipe, imagenet = read(name), read("cmt_s")
-    own = {"epochs", "lr_base", "num_classes", "pretrained", "dataset", "batch_size", "min_lr"}
+def test_transfer_recipes_are_the_authors_and_the_rest_is_as_on_imagenet(model, name, epochs, lr, classes):
+    recipe, imagenet = read(f"{model}-{name}"), read(model)
+    own = {"epochs", "lr_base", "num_classes", "pretrained", "dataset", "batch_size", "min_lr", "img_size"}
+    assert recipe.get("img_size", SIZES[model]) == 224
     assert (recipe["epochs"], recipe["lr_base"], recipe["num_classes"]) == (epochs, lr, classes)
     assert recipe["pretrained"] is True
     assert {key: value for key, value in recipe.items() if key not in own} == {
@@ -126,10 +132,40 @@ def test_transfer_recipes_are_the_authors_and_the_rest_is_as_on_imagenet(name, e
     assert recipe["lr_base"] * recipe["batch_size"] * 8 / recipe["lr_base_size"] == lr
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("name", "epochs", "steps", "detector", "result"),
+    [
+        ("coco-retinanet-1x", 12, [8, 11], "retinanet_cmt_s_fpn", "boxes 44.3."),
+        ("coco-retinanet-3x", 36, [27, 33], "retinanet_cmt_s_fpn_ms", "boxes 46.9."),
+        ("coco-maskrcnn-1x", 12, [8, 11], "maskrcnn_cmt_s_fpn", "boxes 44.6, masks 40.7."),
+        ("coco-maskrcnn-3x", 36, [27, 33], "maskrcnn_cmt_s_fpn_ms", "boxes 48.3, masks 43.7."),
+    ],
+)
+def test_detection_recipes_are_the_paper_s_and_pvt_s(name, epochs, steps, detector, result):
+    assert read(name) == dict(
+        dataset="coco",
+        model=detector,
+        weights_backbone="in1k",
+        trainable_backbone_layers=5,
+        epochs=epochs,
+        batch_size=2,
+        opt="adamw",
+        lr_base=1e-4,
+        lr_base_size=16,
+        weight_decay=1e-4,
+        lr_scheduler="multisteplr",
+        lr_steps=steps,
+        lr_gamma=0.1,
+        data_augmentation="hflip",
+        aspect_ratio_group_factor=3,
+    )
+    assert f"The paper's mAP, not measured here: {result}" in find_recipe(name).read_text()
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_every_file_says_whose_its_numbers_are(name):
     comment = "".join(line for line in find_recipe(name).read_text().splitlines() if line.startswith("#"))
-    assert "authors" in comment
+    assert all(word in comment for word in (["paper's", "PVT's", "Ours"] if name in COCO else ["authors"]))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -149,7 +185,7 @@ def test_timm_s_schedule_warms_up_and_ends_at_the_lowest_rate(name):
     assert rate(epochs - 10) == rate(epochs - 1) == recipe["min_lr"]
 
 
-@pytest.mark.parametrize("name", ["cmt_s-cifar10", "cmt_s-cifar100"])
+@pytest.mark.parametrize("name", [name for name in TRANSFER if "cifar" in name])
 def test_timm_knows_the_data_sets_that_are_named(name, tmp_path):
     with pytest.raises(RuntimeError, match="download=True"):  # torchvision's class, in an empty folder
         create_dataset(read(name)["dataset"], root=str(tmp_path), split="train", is_training=True)
@@ -173,7 +209,7 @@ print(*list_recipes())
 sys.exit(main(["recipe", "cmt_s"]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split() == RECIPES
+    assert done.stdout.split() == ALL
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "unpack the archive first" in done.stderr
 
 
@@ -203,6 +239,21 @@ def test_the_command_has_the_rate_of_its_global_batch(name, options, launcher, b
     assert given["--data-dir"] == ("/my pets" if "/my pets" in options else "DIR")
 
 
+@pytest.mark.parametrize(
+    ("options", "launcher", "batch", "lr"),
+    [([], "python", "2", 1.25e-5), (["--gpus", "4", "--batch-size", "1", "--data-dir", "/my coco"], "4", "1", 2.5e-5)],
+)
+def test_the_command_on_coco_is_whole_with_the_comment_and_the_rate_of_its_images(options, launcher, batch, lr, capsys):
+    assert main(["recipe", "coco-maskrcnn-3x", *options]) == 0
+    *comment, command = capsys.readouterr().out.splitlines()
+    assert comment and all(line.startswith("#") for line in comment)
+    start, script, arguments = command.partition(" train.py ")
+    assert start == ("python" if launcher == "python" else f"torchrun --standalone --nproc-per-node={launcher}")
+    assert script and f"--batch-size {batch} " in arguments and "--lr-steps 27 33 " in arguments
+    assert shlex.split(arguments)[:2] == ["--data-path", "/my coco" if options else "DIR"]
+    assert float(shlex.split(arguments)[-1]) == lr and "lr-base" not in arguments
+
+
 def test_one_process_repeats_no_augmentation_since_train_py_refuses_it():
     assert "--aug-repeats 0" in make_command("cmt_s", gpus=1)
     assert "--aug-repeats" not in make_command("cmt_s", gpus=2)
@@ -212,8 +263,8 @@ def test_one_process_repeats_no_augmentation_since_train_py_refuses_it():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no recipe is named; choose one of cmt_b, cmt_l, cmt_s, cmt_s-cars"),
-        (["cmt_m"], "there is no recipe cmt_m; choose one of cmt_b, cmt_l, cmt_s, cmt_s-cars"),
+        ([], "no recipe is named; choose one of cmt_b, cmt_b-cars"),
+        (["cmt_m"], "there is no recipe cmt_m; choose one of cmt_b, cmt_b-cars"),
         (["cmt_s", "--batch-size", "0"], "0 is no number of images; give 1 or more"),
         (["cmt_s", "--gpus", "two"], "two is no number of GPUs; give 1 or more"),
         (["cmt_s", "--batch-size", "63"], "--batch-size 63 is odd"),

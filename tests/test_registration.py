@@ -1,4 +1,5 @@
-"""The models are in timm's registry of every process that imports timm, and `import torch` never pays or breaks.
+"""The models are in timm's registry of every process that imports timm, and the detectors in torchvision's of every one
+that imports torchvision; `import torch` never pays or breaks.
 
 tests/integration/test_imports.py has what takes other programs: workers, zips, PyInstaller, jaxtyping's import hook.
 """
@@ -49,16 +50,57 @@ def test_registering_twice_changes_nothing(forks):
     assert said(forks.run(f"{code}\n{SHOW}")) == FIVE
 
 
+def test_torchvision_alone_has_the_detectors(forks):
+    code = "import torchvision; print(*torchvision.models.list_models(include='*cmt*'))"
+    variants = ("cmt_b", "cmt_l", "cmt_s", "cmt_ti", "cmt_xs")
+    names = [f"{detector}_{variant}_fpn" for detector in ("maskrcnn", "retinanet") for variant in variants]
+    assert said(forks.run(code)).split() == [f"{name}{suffix}" for name in names for suffix in ("", "_ms")]
+
+
+def test_every_model_of_torchvision_s_still_tells_its_weights(forks):
+    code = """
+    from torchvision.models import get_model_weights, list_models
+    print([name for name in list_models() if not list(get_model_weights(name)) and "cmt" not in name])
+    """
+    assert said(forks.run(code)) == "[]"
+
+
+def test_a_torchvision_that_registers_no_models_has_none_of_ours_and_no_error(forks):
+    code = """
+    import importlib, torchvision, timm_cmt.torchvision_models
+    for name in torchvision.models.list_models(include="*cmt*"):
+        del torchvision.models._api.BUILTIN_MODELS[name]
+    del torchvision.models._api.register_model
+    importlib.reload(timm_cmt.torchvision_models)
+    print(torchvision.models.list_models(include="*cmt*"))
+    """
+    assert said(forks.run(code)) == "[]"
+
+
+def test_a_detector_that_torchvision_has_stays_torchvision_s(forks):
+    code = """
+    import importlib, torchvision, timm_cmt.torchvision_models
+    torchvision.models._api.BUILTIN_MODELS["retinanet_cmt_s_fpn"] = lambda: "theirs"
+    importlib.reload(timm_cmt.torchvision_models)
+    print(torchvision.models.get_model("retinanet_cmt_s_fpn"))
+    """
+    assert said(forks.run(code)) == "theirs"
+
+
 # ---- what `import torch` and `import timm_cmt` cost
 
 
-def test_importing_torch_imports_neither_timm_nor_the_models(forks):
-    code = "import sys; print(*(name for name in sys.modules if name.partition('.')[0] in ('timm', 'timm_cmt')))"
-    assert said(forks.run(code)) == "timm_cmt"
+OURS = "print(*(name for name in sys.modules if name.partition('.')[0] in ('timm', 'timm_cmt')))"
 
 
-def test_importing_the_package_imports_neither_torch_nor_timm():
-    assert said(python("import timm_cmt, sys; print('torch' in sys.modules, 'timm' in sys.modules)")) == "False False"
+def test_importing_torch_imports_neither_timm_nor_the_models():
+    code = f"import torch, sys; {OURS}; import torchvision; {OURS}"
+    assert said(python(code)).splitlines() == ["timm_cmt", "timm_cmt timm_cmt.torchvision_models"]
+
+
+def test_importing_the_package_imports_neither_torch_nor_timm_nor_torchvision():
+    code = "import timm_cmt, sys; print(sys.modules.keys() & {'torch', 'timm', 'torchvision'})"
+    assert said(python(code)) == "set()"
 
 
 def test_public_names_are_there_and_others_are_not(forks):
@@ -203,6 +245,7 @@ def test_a_loader_with_slots_is_no_hindrance(forks):
 def test_a_second_package_with_the_same_finder_registers_its_models_too(forks, tmp_path):
     (tmp_path / "other").mkdir()
     shutil.copy(Path(timm_cmt.__file__), tmp_path / "other")
+    (tmp_path / "other" / "torchvision_models.py").write_text("")
     (tmp_path / "other" / "cmt.py").write_text(
         "from timm.models import register_model\n\n@register_model\ndef other_net(pretrained=False, **kwargs): ...\n"
     )
@@ -247,6 +290,13 @@ sys.meta_path.insert(0, Broken())
 def test_a_failure_is_one_warning_and_timm_still_imports(forks, filters):
     done = forks.run(f"{BREAK}\n{filters}\nimport timm_cmt, timm, torch\nprint('alive', *timm.list_models('cmt*'))")
     assert done.returncode == 0 and done.stdout.strip() == "alive", done.stderr
+    assert done.stderr.count("broken on purpose") == done.stderr.count("timm-cmt:") == 1, done.stderr
+
+
+def test_a_failure_in_torchvision_s_part_is_one_warning_and_timm_has_its_models():
+    code = f"{BREAK.replace('timm_cmt.cmt', 'timm_cmt.torchvision_models')}\nimport torchvision\n{SHOW}"
+    done = python(code)
+    assert done.returncode == 0 and done.stdout.strip() == FIVE, done.stderr
     assert done.stderr.count("broken on purpose") == done.stderr.count("timm-cmt:") == 1, done.stderr
 
 

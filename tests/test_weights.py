@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from common import RELEASE_FILES, SMALL, authors_weights
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from timm_cmt import weights
 
@@ -217,3 +218,19 @@ def test_the_hub_is_the_source_of_what_hub_json_records(text, tmp_path, monkeypa
     assert weights.get_hub_id("cmt_xs.in1k") is None
     monkeypatch.setenv("TIMM_CMT_HUB_ORG", "")
     assert weights.get_hub_id("cmt_ti.in1k") is None
+
+
+def test_a_download_is_silent_where_that_is_asked_and_there_alone(tmp_path, monkeypatch):
+    shown = []
+
+    def download(url, path, progress):
+        shown.append(progress)
+        torch.save({}, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for i, asked in enumerate([False, True]):
+        with weights.show_progress(asked):
+            weights.fetch(URL, tmp_path / str(i))
+            assert are_progress_bars_disabled() is not asked
+    weights.fetch(URL, tmp_path / "2")
+    assert shown == [False, True, True] and not are_progress_bars_disabled()

@@ -1,8 +1,8 @@
 """timm-cmt: the CMT models (arXiv 2107.06263) for timm.
 
 PyTorch loads every entry point of the group ``torch.backends`` at the end of ``import torch``; ours is `register`. It
-arranges that the models enter timm's registry when timm is imported, and it is all that ``import torch`` costs:
-neither torch nor timm is imported here.
+arranges that the models enter timm's registry when timm is imported, and the detectors torchvision's when that is. It
+is all that ``import torch`` costs: neither torch nor timm nor torchvision is imported here.
 """
 
 import sys
@@ -19,47 +19,46 @@ __version__ = "0.1.0"
 __all__ = ["CMT", "register", "resize_rel_pos_bias"]
 
 _PUBLIC_NAMES = {"CMT": "cmt", "resize_rel_pos_bias": "rel_pos_bias"}
-# The module timm.models that has our models in its registry. A reload of this package must not forget it.
-_timm_models: Any = globals().get("_timm_models")
+# A package's module with a registry -> our file that registers what is ours in there when it is imported.
+_FILES = {"timm.models": "cmt", "torchvision.models": "torchvision_models"}
+_PACKAGES = {registry.partition(".")[0]: registry for registry in _FILES}
+# The modules that have ours in their registries. A reload of this package must not forget them.
+_registries: dict[str, Any] = globals().get("_registries", {})
+_warned: set[str] = set()
 
 
 def register() -> None:
-    """Put the models into timm's registry: as soon as timm is imported, or at once if it already has been.
+    """Put the models into the registries: as soon as timm or torchvision is imported, or at once if it has been.
 
     Never raises, since it runs inside ``import torch``: what goes wrong becomes one warning. It can be called again.
     """
     try:
-        finder = next((finder for finder in sys.meta_path if type(finder).__module__ == __name__), None)
+        finder: Any = next((finder for finder in sys.meta_path if type(finder).__module__ == __name__), None)
         if finder is None:
             finder = _Finder()
             sys.meta_path.insert(0, finder)
-        if sys.modules.get("timm.models"):
-            _import_models(finder)
+        begun = {name for _, name in finder.begun}
+        complete = {name: sys.modules[name] for name in _FILES if sys.modules.get(name) and name not in begun}
+        if any(_registries.get(name, registry) is not registry for name, registry in complete.items()):
+            # A package was removed from sys.modules and imported again. Our files use the old one: import them again.
+            for name in [name for name in sys.modules if name.startswith(f"{__name__}.") and name not in begun]:
+                del sys.modules[name]
+                globals().pop(name.rpartition(".")[2], None)
+        _registries.update(complete)
+        # If one of our files was imported first, and imported the package, it is half made, and what we import may need
+        # it. Then its loader calls `register` once it is complete.
+        if not any(thread == get_ident() and name.startswith(f"{__name__}.") for thread, name in finder.begun):
+            for name in complete:
+                import_module(f"{__name__}.{_FILES[name]}")
     except Exception as err:
         _warn_not_registered(err)
 
 
-def _import_models(finder: Any) -> None:
-    global _timm_models
-    timm_models = sys.modules["timm.models"]
-    if _timm_models not in (None, timm_models):
-        # timm was removed from sys.modules and imported again. Our files use the old one: import them again too.
-        begun = {name for _, name in finder.begun}
-        for name in [name for name in sys.modules if name.startswith(f"{__name__}.") and name not in begun]:
-            del sys.modules[name]
-            globals().pop(name.rpartition(".")[2], None)
-    _timm_models = timm_models
-    # If one of our files was imported first, and imported timm, it is half made, and the model file may need it. Then
-    # its loader calls `register` once it is complete.
-    if get_ident() not in {thread for thread, _ in finder.begun}:
-        import_module(f"{__name__}.cmt")  # importing it registers the models
-
-
 class _Finder:
-    """Finds timm.models and our own files as the other finders do, and wraps the loaders that they give.
+    """Finds modules with a registry and our own files as the other finders do, and wraps the loaders that they give.
 
-    It stays on sys.meta_path, because timm may be removed from sys.modules and imported again, and nothing else would
-    tell us. It costs less than a microsecond for each module that Python looks for.
+    It stays on sys.meta_path, because a package may be removed from sys.modules and imported again, and nothing else
+    would tell us. It costs about a microsecond for each module that Python looks for.
     """
 
     def __init__(self) -> None:
@@ -67,9 +66,10 @@ class _Finder:
         self._asked: list[str] = []
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name == "timm" or ("timm" in sys.modules and "timm.models" not in sys.modules):
-            self._come_first()
-        if (name != "timm.models" and not name.startswith(f"{__name__}.")) or name in self._asked:
+        for package, registry in _PACKAGES.items():
+            if name == package or (package in sys.modules and registry not in sys.modules):
+                self._come_first()
+        if (name not in _FILES and not name.startswith(f"{__name__}.")) or name in self._asked:
             return None
         # Another finder may ask all finders too, this one among them. One list is enough for all threads: Python calls
         # finders under its import lock.
@@ -87,7 +87,7 @@ class _Finder:
         return spec
 
     def _come_first(self) -> None:
-        # timm is being imported. A finder in front of this one might find timm.models without asking the others.
+        # A package is being imported. A finder in front of this one might find its models without asking the others.
         if sys.meta_path[:1] != [self]:
             # In one step, because another thread may be reading the list.
             sys.meta_path[:] = [self, *(finder for finder in sys.meta_path if finder is not self)]
@@ -96,7 +96,7 @@ class _Finder:
 class _Loader:
     """Loads a module by its real loader, then calls `register`.
 
-    All within the import lock of the module: a second thread that imports timm waits, as for any module.
+    All within the import lock of the module: a second thread that imports it waits, as for any module.
     """
 
     _loader: Any = None  # here too, or __getattr__ would call itself for ever on an object without it (copy makes such)
@@ -128,7 +128,10 @@ class _Loader:
 
 
 def _warn_not_registered(err: Exception) -> None:
-    message = f"timm-cmt: the CMT models are not in timm's registry ({type(err).__name__}: {err})"
+    message = f"timm-cmt: CMT models are missing from timm or torchvision ({type(err).__name__}: {err})"
+    if message in _warned:  # `register` is called for each package
+        return
+    _warned.add(message)
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     except RuntimeWarning:  # under `python -W error`: torch has to import all the same

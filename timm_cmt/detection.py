@@ -11,12 +11,17 @@ on 1280 x 800 pixels. The paper's multiply-adds cannot hold the two matrix produ
 watch layers do not see.
 
 The position bias is resized to each new image size, for 1280 x 800 pixels to 480 MB in float32.
+
+torchvision knows the same detectors by name (`torchvision_models`): its train.py trains them.
 """
 
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
+from timm.layers import freeze_batch_norm_2d
 from timm.models import split_model_name_tag
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, RetinaNet
@@ -24,8 +29,16 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from .cmt import MIN_SIZE, VARIANTS
+from .weights import show_progress
 
-__all__ = ["FPNBackbone", "mask_rcnn", "retinanet"]
+__all__ = ["FPNBackbone", "build_detector", "mask_rcnn", "retinanet"]
+
+# A detector's class, and what its pyramid has.
+_DETECTORS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "retinanet": (RetinaNet, dict(stages=(2, 3, 4), p6_p7=True)),
+    "maskrcnn": (MaskRCNN, {}),
+}
+_LAYERS = ("stem", "stages_0", "stages_1", "stages_2", "stages_3")
 
 
 class FPNBackbone(nn.Module):
@@ -90,9 +103,7 @@ def retinanet(
     Raises:
         ValueError: `model_name` is no CMT, there is no class beside the background, or a size is too small.
     """
-    _check_arguments(num_classes, min_size, max_size)
-    backbone = FPNBackbone(model_name, stages=(2, 3, 4), p6_p7=True, **model_args)
-    return RetinaNet(backbone, num_classes, min_size=min_size, max_size=max_size, **_normalisation(backbone))
+    return _build("retinanet", model_name, num_classes, min_size, max_size, model_args)
 
 
 def mask_rcnn(
@@ -103,9 +114,81 @@ def mask_rcnn(
     **model_args: Any,
 ) -> MaskRCNN:
     """torchvision's Mask R-CNN on the four stages of a CMT. Arguments and errors are those of `retinanet`."""
+    return _build("maskrcnn", model_name, num_classes, min_size, max_size, model_args)
+
+
+def build_detector(
+    detector: str,
+    variant: str,
+    num_classes: int | None = None,
+    weights_backbone: str | None = None,
+    trainable_backbone_layers: int | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """What torchvision's builders do, for `torchvision_models`, where arguments and errors are described.
+
+    Args:
+        detector: "retinanet" or "maskrcnn".
+        variant: A CMT model.
+    """
+    detector_cls, pyramid = _DETECTORS[detector]
+    if trainable_backbone_layers is not None and trainable_backbone_layers not in range(len(_LAYERS) + 1):
+        raise ValueError(
+            f"trainable_backbone_layers {trainable_backbone_layers} is not in the range; give 0 to {len(_LAYERS)}"
+        )
+    if weights_backbone is None:
+        if trainable_backbone_layers not in (None, len(_LAYERS)):
+            warnings.warn(
+                f"trainable_backbone_layers {trainable_backbone_layers} has no effect without weights_backbone: the "
+                "whole backbone is trained",
+                stacklevel=3,
+            )
+        backbone = FPNBackbone(variant, **pyramid)
+    else:
+        model_name, source = _find_weights(variant, weights_backbone)
+        with show_progress(progress):
+            backbone = FPNBackbone(model_name, **pyramid, pretrained=True, **source)
+        body: Any = backbone.body
+        if body.pretrained_cfg["architecture"] != variant:
+            raise ValueError(
+                f"weights_backbone {weights_backbone} is a {body.pretrained_cfg['architecture']}; give one of {variant}"
+            )
+        freeze_batch_norm_2d(body)
+        trainable = 3 if trainable_backbone_layers is None else trainable_backbone_layers
+        for layer in _LAYERS[: len(_LAYERS) - trainable]:
+            body[layer].requires_grad_(False)
+    return detector_cls(backbone, 91 if num_classes is None else num_classes, **{**_normalisation(backbone), **kwargs})
+
+
+def _find_weights(variant: str, weights: str) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments by which timm.create_model makes `variant` with these weights."""
+    if weights == "in1k":
+        return variant, {}
+    if isinstance(weights, str) and weights.startswith(("hf-hub:", "local-dir:")):
+        return weights, {}
+    if isinstance(weights, (str, Path)) and Path(weights).is_dir():
+        return f"local-dir:{weights}", {}
+    if isinstance(weights, (str, Path)) and Path(weights).is_file():
+        return variant, dict(pretrained_cfg_overlay=dict(file=str(weights)))
+    raise ValueError(
+        f"weights_backbone {weights} is unknown; give in1k, a checkpoint's file, a folder with config.json, or hf-hub: "
+        "and where it is"
+    )
+
+
+def _build(
+    detector: str,
+    model_name: str,
+    num_classes: int,
+    min_size: int | Sequence[int],
+    max_size: int,
+    model_args: dict[str, Any],
+) -> Any:
+    detector_cls, pyramid = _DETECTORS[detector]
     _check_arguments(num_classes, min_size, max_size)
-    backbone = FPNBackbone(model_name, **model_args)
-    return MaskRCNN(backbone, num_classes, min_size=min_size, max_size=max_size, **_normalisation(backbone))
+    backbone = FPNBackbone(model_name, **pyramid, **model_args)
+    return detector_cls(backbone, num_classes, min_size=min_size, max_size=max_size, **_normalisation(backbone))
 
 
 def _check_arguments(num_classes: int, min_size: int | Sequence[int], max_size: int) -> None:

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
@@ -16,15 +17,17 @@ from urllib.parse import urlparse
 
 import safetensors
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
-__all__ = ["RELEASE_URL", "allow_arguments", "check_file", "ensure_whole", "fetch", "get_hub_id"]
+__all__ = ["RELEASE_URL", "allow_arguments", "check_file", "ensure_whole", "fetch", "get_hub_id", "show_progress"]
 
 RELEASE_URL = "https://github.com/ggjy/CMT.pytorch/releases/download/release-v1"
 
 _logger = logging.getLogger(__name__)
+_is_progress_shown = ContextVar("is_progress_shown", default=True)
 
 
 def get_hub_id(name: str) -> str | None:
@@ -54,6 +57,21 @@ def allow_arguments() -> Iterator[None]:
         return
     with torch.serialization.safe_globals([argparse.Namespace]):
         yield
+
+
+@contextmanager
+def show_progress(shown: bool) -> Iterator[None]:
+    """Downloads within it, those from the Hub too, show a bar or none."""
+    token = _is_progress_shown.set(shown)
+    is_hub_changed = not shown and not are_progress_bars_disabled()
+    if is_hub_changed:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        _is_progress_shown.reset(token)
+        if is_hub_changed:
+            enable_progress_bars()
 
 
 def ensure_whole(cfg: "PretrainedCfg", cache_dir: str | Path | None = None) -> None:
@@ -125,7 +143,7 @@ def fetch(url: str, cache_dir: str | Path | None = None) -> Path:
 def _download(url: str, part: Path, path: Path) -> None:
     """Download to `part`, which is to become `path`."""
     try:
-        torch.hub.download_url_to_file(url, str(part), progress=True)
+        torch.hub.download_url_to_file(url, str(part), progress=_is_progress_shown.get())
     except (OSError, HTTPException) as err:
         raise RuntimeError(
             f"{url} could not be downloaded ({err}); try again, or put the file at {path} by hand"

@@ -1,4 +1,7 @@
-"""torchvision's detectors on a CMT: the paper's size and cost, training, images of several sizes, bad arguments."""
+"""torchvision's detectors on a CMT: the paper's size and cost, training, images of several sizes, bad arguments.
+
+test_torchvision_scripts.py trains them by torchvision's train.py.
+"""
 
 import os
 import re
@@ -9,11 +12,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torchvision
 from common import MODELS
 from PIL import Image
 from timm.layers import freeze_batch_norm_2d, set_fused_attn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models.detection import FCOS, FasterRCNN
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.ops import FrozenBatchNorm2d
 
 from timm_cmt.detection import FPNBackbone, mask_rcnn, retinanet
 
@@ -214,19 +219,130 @@ def test_an_unknown_argument_is_a_type_error(build):
 
 
 def test_a_detector_learns_the_objects_in_photographs(tmp_path):
-    """It finds those that are drawn by hand in six photographs, which it was trained on; here all 12."""
-    pytest.importorskip(
-        "skimage",
-        reason="NOT TESTED: training a detector on photographs; pip install scikit-image and run "
-        "pytest tests/integration/test_detection.py",
-    )
+    """To a high mAP on the six photographs that it is trained on. The example's own 200 steps reach more."""
+    for package in ("pycocotools", "skimage"):
+        pytest.importorskip(
+            package,
+            reason="NOT TESTED: training a detector on photographs; pip install pycocotools scikit-image and run "
+            "pytest tests/integration/test_detection.py",
+        )
     script = Path(__file__).parents[2] / "benchmarks" / "examples" / "detect.py"
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
+    options = ["--detectors", "retinanet", "--steps", "100"]
+    command = [sys.executable, script, *options]
+    done = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found, overlap = re.search(r"^(\d+) of 12 objects found, mean overlap ([\d.]+)", done.stdout, re.M).groups()
-    assert int(found) >= 11 and float(overlap) > 0.8, done.stdout  # training differs a little between processors
-    assert Image.open(tmp_path / "boxes.png").width > 1000
-    assert [file.name for file in tmp_path.iterdir()] == ["boxes.png"]
+    precision = float(re.search(r"IoU=0.50:0.95 \| area=   all \| maxDets=100 \] = ([\d.]+)", done.stdout).group(1))
+    assert precision > 0.5, done.stdout  # training differs a little between processors
+    assert Image.open(tmp_path / "detections.png").height > 1000
+    assert [file.name for file in tmp_path.iterdir()] == ["detections.png"]
+
+
+# ---- under torchvision's names
+
+NAMES = [(f"{detector}_{variant}_fpn", variant) for detector in ("retinanet", "maskrcnn") for variant in MODELS]
+LAYERS = ["stem", "stages_0", "stages_1", "stages_2", "stages_3"]
+
+
+def get_model(name: str, **arguments):
+    return torchvision.models.get_model(name, **arguments)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A folder with CMT-Ti, whose first convolution is all ones."""
+    folder = tmp_path_factory.mktemp("weights")
+    model = timm.create_model("cmt_ti", img_size=64)
+    torch.nn.init.ones_(model.stem.conv1.weight)
+    timm.models.save_for_hf(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "variant"), NAMES)
+def test_each_name_is_the_detector_of_its_variant(name, variant):
+    with torch.device("meta"):
+        model = get_model(name)
+        body = timm.create_model(variant, features_only=True)
+    detector = RetinaNet if name.startswith("retinanet") else MaskRCNN
+    assert type(model) is detector and model.transform.min_size == (800,) and model.transform.max_size == 1333
+    assert {k: v.shape for k, v in model.backbone.body.state_dict().items()} == {
+        k: v.shape for k, v in body.state_dict().items()
+    }
+    classes = model.head.classification_head.num_classes if detector is RetinaNet else None
+    assert (classes or model.roi_heads.box_predictor.cls_score.out_features) == 91  # COCO's
+
+
+def test_a_detector_s_arguments_reach_it():
+    with torch.device("meta"):
+        model = get_model("maskrcnn_cmt_ti_fpn", num_classes=3, rpn_score_thresh=0.2, min_size=64, _skip_resize=True)
+        several = get_model("retinanet_cmt_ti_fpn_ms", num_classes=3)
+    assert model.rpn.score_thresh == 0.2 and model.transform.min_size == (64,) and model.transform._skip_resize
+    assert model.roi_heads.mask_predictor.mask_fcn_logits.out_channels == 3
+    assert several.transform.min_size == tuple(range(640, 801))  # the last is for evaluation
+
+
+@pytest.mark.parametrize("layers", [None, 0, 1, 5])
+def test_layers_are_frozen_from_the_stem_on_and_batch_norm_is_as_in_torchvision_s_resnet(layers, weights):
+    body = get_model(
+        "retinanet_cmt_ti_fpn", num_classes=3, weights_backbone=str(weights), trainable_backbone_layers=layers
+    ).backbone.body
+    trained = {name.partition(".")[0] for name, param in body.named_parameters() if param.requires_grad}
+    frozen = {name.partition(".")[0] for name, param in body.named_parameters() if not param.requires_grad}
+    last = 3 if layers is None else layers
+    assert trained == set(LAYERS[5 - last :]) and frozen == set(LAYERS[: 5 - last])
+    assert any(isinstance(module, FrozenBatchNorm2d) for module in body.modules())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in body.modules())
+    assert (body.stem.conv1.weight == 1).all()
+
+
+def test_without_weights_all_is_trained_with_batch_norm_and_fewer_layers_are_warned_of():
+    with pytest.warns(UserWarning, match="trainable_backbone_layers 2 has no effect without weights_backbone"):
+        body = get_model("retinanet_cmt_ti_fpn", trainable_backbone_layers=2).backbone.body
+    assert all(param.requires_grad for param in body.parameters())
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in body.modules())
+
+
+@pytest.mark.parametrize("source", ["folder", "local-dir", "file"])
+def test_the_backbone_s_weights_come_from_a_folder_or_a_file(source, weights):
+    source = {"folder": f"{weights}", "local-dir": f"local-dir:{weights}", "file": f"{weights}/model.safetensors"}[
+        source
+    ]
+    body = get_model("maskrcnn_cmt_ti_fpn", num_classes=3, weights_backbone=source).backbone.body
+    assert (body.stem.conv1.weight == 1).all()
+
+
+def test_a_frozen_backbone_has_gradients_where_it_is_trained_alone(weights):
+    torch.manual_seed(0)
+    model = get_model("maskrcnn_cmt_ti_fpn", num_classes=3, weights_backbone=str(weights), min_size=64, max_size=128)
+    before = {key: value.clone() for key, value in model.backbone.body.named_buffers()}
+    sum(model.train()(*make_targets((64, 96), (80, 64))).values()).backward()
+    trained = {
+        name.partition(".")[0] for name, param in model.backbone.body.named_parameters() if param.grad is not None
+    }
+    assert trained == {"stages_1", "stages_2", "stages_3"}
+    assert all(torch.equal(value, before[key]) for key, value in model.backbone.body.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(weights="COCO_V1"), "weights 'COCO_V1' is unknown: no weights of retinanet_cmt_s_fpn have been released"),
+        (dict(weights_backbone="IMAGENET1K_V1"), "weights_backbone IMAGENET1K_V1 is unknown; give in1k, "),
+        (dict(weights_backbone=torchvision.models.ResNet50_Weights.DEFAULT), "weights_backbone ResNet50_Weights.IMAGE"),
+        (dict(trainable_backbone_layers=6), "trainable_backbone_layers 6 is not in the range; give 0 to 5"),
+        (dict(trainable_backbone_layers=-1), "trainable_backbone_layers -1 is not in the range"),
+    ],
+)
+def test_what_torchvision_s_builders_do_not_know_is_named(arguments, message):
+    with pytest.raises(ValueError) as raised:
+        get_model("retinanet_cmt_s_fpn", **arguments)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_another_variant_s_weights_are_refused(source, weights):
+    source = str(weights if source == "folder" else weights / "model.safetensors")
+    with pytest.raises((ValueError, RuntimeError), match="cmt_ti"):
+        get_model("retinanet_cmt_s_fpn", weights_backbone=source)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])

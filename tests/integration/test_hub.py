@@ -433,3 +433,17 @@ def test_the_metadata_of_every_card_is_yaml():
     for name in WITH_WEIGHTS:
         text = (ROOT / "hub_configs" / f"{name}.in1k" / "README.md").read_text()
         assert yaml.safe_load(text.split("---")[1])["model-index"][0]["name"] == f"{name}.in1k"
+
+
+def test_a_detector_s_backbone_is_the_same_from_the_hub_and_from_the_release_and_silent_if_asked(publish, user):
+    assert publish()[0] == 0
+    code = """
+import torch, torchvision
+names = "in1k", "hf-hub:org/cmt_ti.in1k"
+models = [torchvision.models.get_model("retinanet_cmt_ti_fpn", weights_backbone=name, progress=False) for name in names]
+released, hub = (model.backbone.body.state_dict() for model in models)
+print(all(torch.equal(value, hub[key]) for key, value in released.items()))
+"""
+    done = user("-c", code)
+    assert done.stdout.strip() == "True", done.stderr[-3000:]
+    assert "%|" not in done.stderr

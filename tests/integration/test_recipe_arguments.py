@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from timm_cmt.cli.recipe import find_recipe, list_recipes, make_command
+from timm_cmt.cli.recipe import find_recipe, is_for_torchvision, list_recipes, make_command
 
 TIMM_SRC = os.environ.get("TIMM_SRC")
 pytestmark = pytest.mark.skipif(
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     reason="NOT TESTED: the recipes against train.py's own parser. Clone timm and run "
     "TIMM_SRC=path/to/the/clone pytest tests/integration/test_recipe_arguments.py",
 )
-RECIPES = list_recipes()
+RECIPES = [name for name in list_recipes() if not is_for_torchvision(name)]
 
 
 def read(name: str) -> dict:

@@ -237,9 +237,10 @@ def _build_parser() -> argparse.ArgumentParser:
 
     recipe = commands.add_parser(
         "recipe",
-        help="print a training recipe for timm's train.py",
-        description="Print the path of a recipe, for `train.py -c`. With any of the options, print the whole command "
-        "for one machine instead, with the learning rate that the recipe has for so many images.",
+        help="print a training recipe for timm's or torchvision's train.py",
+        description="Print the path of a recipe, for `train.py -c` of timm. With any of the options, and always for "
+        "torchvision's (coco-...), print the whole command for one machine instead, with the learning rate that the "
+        "recipe has for so many images.",
     )
     recipe.add_argument("name", nargs="?", help="the recipe; without one, an error that lists them")
     recipe.add_argument("--batch-size", type=_count("images"), help="images on each GPU (default: the recipe's)")
@@ -278,12 +279,12 @@ def _run_publish(args: argparse.Namespace) -> None:
 
 
 def _run_recipe(args: argparse.Namespace) -> None:
-    from .recipe import find_recipe, make_command
+    from .recipe import find_recipe, is_for_torchvision, make_command
 
     given = {
         name: getattr(args, name) for name in ("batch_size", "gpus", "data_dir") if getattr(args, name) is not None
     }
-    print(make_command(args.name, **given) if given else find_recipe(args.name))
+    print(make_command(args.name, **given) if given or is_for_torchvision(args.name) else find_recipe(args.name))
 
 
 def _run_hub_configs(args: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
-"""Training recipes, YAML files that timm's train.py takes with ``-c``, as ``timm-cmt recipe`` prints them.
+"""Training recipes, YAML files, as ``timm-cmt recipe`` prints them.
 
-One file per ImageNet model and per data set of the paper's transfer experiments; each says which of its numbers are the
-authors'.
+One file per ImageNet model and per data set of the paper's transfer experiments, which timm's train.py takes with
+``-c``; and one per detector and schedule on COCO, for torchvision's train.py, which takes arguments alone. Each says
+which of its numbers are the authors'.
 """
 
 import shlex
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-__all__ = ["find_recipe", "list_recipes", "make_command"]
+__all__ = ["find_recipe", "is_for_torchvision", "list_recipes", "make_command"]
 
 RECIPES = files("timm_cmt").joinpath("recipes")
 
@@ -37,10 +38,16 @@ def find_recipe(name: str | None) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
+def is_for_torchvision(name: str | None) -> bool:
+    """Is it a recipe for torchvision's train.py, and no file for timm's?"""
+    return name is not None and name.startswith("coco-")
+
+
 def make_command(name: str, batch_size: int | None = None, gpus: int = 1, data_dir: str = "DIR") -> str:
     """The train.py command of a recipe for one machine, with the learning rate of its global batch.
 
-    That rate is the one which train.py itself finds by the recipe's ``lr_base``; it is printed so that it can be seen.
+    That rate is the one which timm's train.py itself finds by the recipe's ``lr_base``; it is printed so that it can be
+    seen. In front of a command for torchvision's stands what the recipe's file says of its numbers, as comments.
 
     Args:
         name: The recipe.
@@ -52,9 +59,18 @@ def make_command(name: str, batch_size: int | None = None, gpus: int = 1, data_d
         ValueError: There is no such recipe, or it does not work with such a batch.
     """
     path = find_recipe(name)
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    recipe = yaml.safe_load(text)
     if batch_size is None:
         batch_size = recipe["batch_size"]
+    launcher = "python" if gpus == 1 else f"torchrun --standalone --nproc-per-node={gpus}"
+    if is_for_torchvision(name):
+        recipe["lr"] = f"{recipe.pop('lr_base') * batch_size * gpus / recipe.pop('lr_base_size'):g}"
+        options = ["--data-path", data_dir]
+        for key, value in {**recipe, "batch_size": batch_size}.items():
+            options += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+        comment = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+        return f"{comment}{launcher} train.py {shlex.join(options)}"
     if batch_size % 2:
         raise ValueError(f"--batch-size {batch_size} is odd, but mixup takes the images in pairs; give an even number")
     lr = recipe["lr_base"] * batch_size * gpus / recipe["lr_base_size"]
@@ -63,7 +79,6 @@ def make_command(name: str, batch_size: int | None = None, gpus: int = 1, data_d
             f"--batch-size {batch_size} and --gpus {gpus} give a learning rate of {lr:g}, not above the recipe's "
             f"lowest, {recipe['min_lr']:g}; give more images or GPUs"
         )
-    launcher = "python" if gpus == 1 else f"torchrun --standalone --nproc-per-node={gpus}"
     options = ["-c", str(path), "--data-dir", data_dir, "--batch-size", str(batch_size), "--lr", f"{lr:g}"]
     if gpus == 1 and "aug_repeats" in recipe:  # train.py repeats augmentations in many processes only
         options += ["--aug-repeats", "0"]
