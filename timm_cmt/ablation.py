@@ -1,0 +1,207 @@
+"""The paper's own experiments: the steps from a plain transformer to CMT-S (Table 4) and other norms (Table 3).
+
+Importing this module registers the models, whose shapes are those of CMT-S:
+
+* ``cmt_s_4stage``: "DeiT-S-4Stage", in four stages, with LMHSA; a 4 x 4 convolution for a stem, a plain FFN, no LPU,
+  and no 1280 channels before the pooling;
+* ``cmt_s_4stage_stem``: with CMT's stem and first patch aggregation;
+* ``cmt_s_4stage_lpu``: with the LPU as well; ``cmt_s_4stage_lpu_noskip``: with one that lacks its shortcut;
+* ``cmt_s_4stage_irffn``: with the LPU and the IRFFN; ``cmt_s_4stage_irffn_noskip``: with an IRFFN that lacks its
+  shortcut. With the 1280 channels it is ``cmt_s``;
+* ``cmt_s_layernorm``: CMT-S with LayerNorm for every BatchNorm; ``cmt_s_batchnorm``: BatchNorm for every LayerNorm.
+
+timm's train.py imports it by ``--device-modules timm_cmt.ablation``. The paper does not print these networks: where it
+is silent, they are as CMT-S, and what has no 1280 channels has a LayerNorm there instead, as DeiT has.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm2d, LayerType, get_act_layer
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from .cmt import (
+    CMT,
+    FinalConv,
+    InvertedResidualFFN,
+    LightweightAttention,
+    LocalPerceptionUnit,
+    Stem,
+    _cfg,
+    _create_cmt,
+    check_size,
+)
+from .layers import ActNormConv, to_channels_last
+from .plugin import register_model
+
+__all__ = ["FeedForward", "PatchStem"]
+
+torch.fx.wrap("check_size")  # as in cmt.py
+
+
+class PatchStem(nn.Module):
+    """A 4 x 4 convolution of stride 4, then LayerNorm over the channels: the patch embedding of a four-stage DeiT.
+
+    [B, in_chans, H, W] -> [B, C, (H + 1) // 4, (W + 1) // 4], the size that CMT's stem and first patch aggregation give
+
+    Raises:
+        ValueError: The image is under 32 pixels high or wide.
+    """
+
+    stride = 4
+
+    def __init__(self, in_chans: int, dim: int, act_layer: LayerType | None = None, device=None, dtype=None):
+        super().__init__()
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))  # for sides of 4 n + 3; the convolution does not see it elsewhere
+        self.conv1 = nn.Conv2d(in_chans, dim, 4, stride=4, device=device, dtype=dtype)
+        self.norm = LayerNorm2d(dim, eps=1e-5, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = check_size(x)
+        return self.norm(to_channels_last(self.conv1(to_channels_last(self.pad(x)))))
+
+
+class LocalConv(nn.Module):
+    """The LPU without its shortcut: DWConv(X).
+
+    [B, C, H, W] -> [B, C, H, W]
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        # Not named as the LPU's, whose weights mean something else.
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dwconv(x)
+
+
+class FeedForward(nn.Module):
+    """The FFN of a transformer: Linear, GELU, Linear.
+
+    [B, C, H, W] -> [B, C, H, W]
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, act_layer: LayerType = nn.GELU, drop: float = 0.0, device=None, dtype=None
+    ):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.act = get_act_layer(act_layer)()
+        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.act(self.fc1(x.permute(0, 2, 3, 1))))
+        return self.drop(self.fc2(x)).permute(0, 3, 1, 2)
+
+
+class InvertedFFN(nn.Sequential):
+    """The IRFFN without its shortcut: Conv(DWConv(Conv(X))), with GELU and BatchNorm where the IRFFN has them.
+
+    [B, C, H, W] -> [B, C, H, W]
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, act_layer: LayerType = nn.GELU, drop: float = 0.0, device=None, dtype=None
+    ):
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        local = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
+        layers: dict[str, nn.Module] = dict(  # not named as the IRFFN's, whose weights mean something else
+            expand=nn.Conv2d(dim, hidden_dim, 1, **dd),
+            local=ActNormConv(local, act_layer=act_layer, drop=drop, **dd),
+            project=ActNormConv(nn.Conv2d(hidden_dim, dim, 1, **dd), act_layer=act_layer, **dd),
+            norm=nn.BatchNorm2d(dim, **dd),
+            drop=nn.Dropout(drop),
+        )
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+
+def final_norm(in_dim: int, dim: int, device=None, dtype=None) -> nn.Module:
+    """LayerNorm before the pooling, where CMT has its last convolution; the channels stay."""
+    return LayerNorm2d(dim, eps=1e-6, device=device, dtype=dtype)
+
+
+_LAYER_NORM: dict[str, Any] = dict(norm_layer=partial(LayerNorm2d, eps=1e-6))
+_STEM = dict(lpu_layer=nn.Identity, mlp_layer=FeedForward, final_layer=final_norm)
+_LPU = dict(_STEM, lpu_layer=LocalPerceptionUnit)
+_IRFFN = dict(_LPU, mlp_layer=InvertedResidualFFN)
+
+LAYERS: dict[str, dict[str, Any]] = dict(
+    cmt_s_4stage=dict(_STEM, stem_layer=PatchStem),
+    cmt_s_4stage_stem=_STEM,
+    cmt_s_4stage_lpu=_LPU,
+    cmt_s_4stage_lpu_noskip=dict(_LPU, lpu_layer=LocalConv),
+    cmt_s_4stage_irffn=_IRFFN,
+    cmt_s_4stage_irffn_noskip=dict(_IRFFN, mlp_layer=InvertedFFN),
+    cmt_s_layernorm=dict(
+        stem_layer=partial(Stem, **_LAYER_NORM),
+        attn_layer=partial(LightweightAttention, **_LAYER_NORM),
+        mlp_layer=partial(InvertedResidualFFN, **_LAYER_NORM),
+        final_layer=partial(FinalConv, **_LAYER_NORM),
+    ),
+    cmt_s_batchnorm=dict(norm_layer="batchnorm2d"),
+)
+
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(224) for name in LAYERS})
+
+
+def _create(variant: str, pretrained: bool = False, embed_dims: tuple[int, ...] = (64, 128, 256, 512), **kwargs) -> CMT:
+    layers = dict(LAYERS[variant])
+    if layers.get("final_layer") is final_norm:
+        layers["head_width"] = embed_dims[-1]
+    if layers.get("stem_layer") is PatchStem:
+        layers["stem_width"] = embed_dims[0]
+    return _create_cmt(variant, pretrained=pretrained, embed_dims=embed_dims, **dict(layers, **kwargs))
+
+
+@register_model
+def cmt_s_4stage(pretrained: bool = False, **kwargs) -> CMT:
+    """DeiT-S-4Stage of Table 4: 81.4 top-1 there."""
+    return _create("cmt_s_4stage", pretrained=pretrained, **kwargs)
+
+
+@register_model
+def cmt_s_4stage_stem(pretrained: bool = False, **kwargs) -> CMT:
+    """With CMT's stem: 81.9 top-1 in Table 4."""
+    return _create("cmt_s_4stage_stem", pretrained=pretrained, **kwargs)
+
+
+@register_model
+def cmt_s_4stage_lpu(pretrained: bool = False, **kwargs) -> CMT:
+    """With CMT's stem and LPU: 82.7 top-1 in Table 4."""
+    return _create("cmt_s_4stage_lpu", pretrained=pretrained, **kwargs)
+
+
+@register_model
+def cmt_s_4stage_lpu_noskip(pretrained: bool = False, **kwargs) -> CMT:
+    """With CMT's stem and an LPU without shortcut: 82.0 top-1 in Table 3."""
+    return _create("cmt_s_4stage_lpu_noskip", pretrained=pretrained, **kwargs)
+
+
+@register_model
+def cmt_s_4stage_irffn(pretrained: bool = False, **kwargs) -> CMT:
+    """With CMT's stem, LPU and IRFFN: 83.3 top-1 in Table 4."""
+    return _create("cmt_s_4stage_irffn", pretrained=pretrained, **kwargs)
+
+
+@register_model
+def cmt_s_4stage_irffn_noskip(pretrained: bool = False, **kwargs) -> CMT:
+    """With CMT's stem, LPU and an IRFFN without shortcut: 82.5 top-1 in Table 3."""
+    return _create("cmt_s_4stage_irffn_noskip", pretrained=pretrained, **kwargs)
+
+
+@register_model
+def cmt_s_layernorm(pretrained: bool = False, **kwargs) -> CMT:
+    """CMT-S with LayerNorm for every BatchNorm: 82.8 top-1 in the paper."""
+    return _create("cmt_s_layernorm", pretrained=pretrained, **kwargs)
+
+
+@register_model
+def cmt_s_batchnorm(pretrained: bool = False, **kwargs) -> CMT:
+    """CMT-S with BatchNorm for every LayerNorm, which does not converge in the paper."""
+    return _create("cmt_s_batchnorm", pretrained=pretrained, **kwargs)
