@@ -22,8 +22,11 @@ from timm.layers import LayerNorm2d, LayerType, get_act_layer
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from .checkpoint import read_shape
 from .cmt import (
     CMT,
+    SHAPES,
+    VARIANTS,
     FinalConv,
     InvertedResidualFFN,
     LightweightAttention,
@@ -127,12 +130,12 @@ def final_norm(in_dim: int, dim: int, device=None, dtype=None) -> nn.Module:
 
 
 _LAYER_NORM: dict[str, Any] = dict(norm_layer=partial(LayerNorm2d, eps=1e-6))
-_STEM = dict(lpu_layer=nn.Identity, mlp_layer=FeedForward, final_layer=final_norm)
+_STEM = dict(lpu_layer=nn.Identity, mlp_layer=FeedForward, final_layer=final_norm, head_width=512)
 _LPU = dict(_STEM, lpu_layer=LocalPerceptionUnit)
 _IRFFN = dict(_LPU, mlp_layer=InvertedResidualFFN)
 
 LAYERS: dict[str, dict[str, Any]] = dict(
-    cmt_s_4stage=dict(_STEM, stem_layer=PatchStem),
+    cmt_s_4stage=dict(_STEM, stem_layer=PatchStem, stem_width=64),
     cmt_s_4stage_stem=_STEM,
     cmt_s_4stage_lpu=_LPU,
     cmt_s_4stage_lpu_noskip=dict(_LPU, lpu_layer=LocalConv),
@@ -147,16 +150,22 @@ LAYERS: dict[str, dict[str, Any]] = dict(
     cmt_s_batchnorm=dict(norm_layer="batchnorm2d"),
 )
 
+for _name, _layers in LAYERS.items():  # by which a checkpoint of one that is loaded into another is named
+    _small: dict[str, Any] = dict(VARIANTS["cmt_s"], depths=(1, 1, 1, 1), device="meta")
+    _shape = read_shape(CMT(**dict(_small, **_layers)).state_dict())
+    assert _shape is not None
+    SHAPES[_name] = _shape._replace(depths=VARIANTS["cmt_s"]["depths"])
+
 default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(224) for name in LAYERS})
 
 
-def _create(variant: str, pretrained: bool = False, embed_dims: tuple[int, ...] = (64, 128, 256, 512), **kwargs) -> CMT:
-    layers = dict(LAYERS[variant])
-    if layers.get("final_layer") is final_norm:
-        layers["head_width"] = embed_dims[-1]
-    if layers.get("stem_layer") is PatchStem:
-        layers["stem_width"] = embed_dims[0]
-    return _create_cmt(variant, pretrained=pretrained, embed_dims=embed_dims, **dict(layers, **kwargs))
+def _create(variant: str, pretrained: bool = False, **kwargs) -> CMT:
+    args = dict(LAYERS[variant], **kwargs)
+    if "embed_dims" in kwargs:  # other widths than CMT-S's: what has the channels of the first and the last stage
+        for name, width in (("stem_width", kwargs["embed_dims"][0]), ("head_width", kwargs["embed_dims"][-1])):
+            if name in LAYERS[variant]:
+                args[name] = width
+    return _create_cmt(variant, pretrained=pretrained, **args)
 
 
 @register_model
