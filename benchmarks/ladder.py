@@ -56,7 +56,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--json", type=Path, required=True, help="file for the results, which a second call goes on with")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="file for the results, which a second call goes on with"
+    )
     args = parser.parse_args()
 
     settings = {name: value for name, value in vars(args).items() if name not in ("models", "seeds", "json")}
@@ -93,8 +95,10 @@ def split(labels: Tensor, args: argparse.Namespace, generator: torch.Generator) 
         test.append(numbers[: args.test_per_class])
         rest = numbers[args.test_per_class :]
         if len(rest) < args.per_class:
-            sys.exit(f"ladder.py: error: {args.per_class} training and {args.test_per_class} test images of a digit are "
-                     f"more than the {len(numbers)} that there are; give fewer")
+            sys.exit(
+                f"ladder.py: error: {args.per_class} training and {args.test_per_class} test images of a digit are "
+                f"more than the {len(numbers)} that there are; give fewer"
+            )
         train.append(rest[torch.randperm(len(rest), generator=generator)[: args.per_class]])
     return torch.cat(train), torch.cat(test)
 
@@ -118,7 +122,10 @@ def train(name: str, seed: int, images: Tensor, labels: Tensor, args: argparse.N
     total = args.epochs * batches
     warm_up = total // 10
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: (i + 1) / warm_up if i < warm_up else 0.5 + 0.5 * math.cos(math.pi * (i - warm_up) / (total - warm_up))
+        optimizer,
+        lambda i: (
+            (i + 1) / warm_up if i < warm_up else 0.5 + 0.5 * math.cos(math.pi * (i - warm_up) / (total - warm_up))
+        ),
     )
     began = time.process_time()
     losses: list[float] = []
@@ -172,7 +179,9 @@ def report(result: dict, args: argparse.Namespace) -> None:
         other, papers = LADDER[model]
         row = [model, f"{parameters[model] / 1e6:.2f} M", "  ".join(f"{value:.1f}" for value in own.values())]
         row += [f"{statistics.mean(own.values()):.1f}", other or "-"]
-        row.append("  ".join(f"{own[s] - top1[other][s]:+.1f}" for s in own if s in top1[other]) if other in top1 else "-")
+        row.append(
+            "  ".join(f"{own[s] - top1[other][s]:+.1f}" for s in own if s in top1[other]) if other in top1 else "-"
+        )
         paper_other = LADDER[other][1] if other else None
         row.append(f"{papers - paper_other:+.1f}" if papers and paper_other else "-" if papers else "does not converge")
         print(f"| {' | '.join(row)} |")

@@ -1,4 +1,4 @@
-"""The paper's own experiments: the steps from a plain transformer to CMT-S (Table 4) and other norms (Table 3).
+"""The paper's own experiments: the steps from a plain transformer to CMT-S, other norms (Tables 3 and 4), and scaling.
 
 Importing this module registers the models, whose shapes are those of CMT-S:
 
@@ -14,6 +14,7 @@ timm's train.py imports it by ``--device-modules timm_cmt.ablation``. The paper 
 is silent, they are as CMT-S, and what has no 1280 channels has a LayerNorm there instead, as DeiT has.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from .checkpoint import read_shape
 from .cmt import (
     CMT,
+    MIN_SIZE,
     SHAPES,
     VARIANTS,
     FinalConv,
@@ -39,7 +41,7 @@ from .cmt import (
 from .layers import ActNormConv, to_channels_last
 from .plugin import register_model
 
-__all__ = ["FeedForward", "PatchStem"]
+__all__ = ["FeedForward", "PatchStem", "scale_cmt"]
 
 torch.fx.wrap("check_size")  # as in cmt.py
 
@@ -214,3 +216,51 @@ def cmt_s_layernorm(pretrained: bool = False, **kwargs) -> CMT:
 def cmt_s_batchnorm(pretrained: bool = False, **kwargs) -> CMT:
     """CMT-S with BatchNorm for every LayerNorm, which does not converge in the paper."""
     return _create("cmt_s_batchnorm", pretrained=pretrained, **kwargs)
+
+
+def scale_cmt(phi: float, alpha: float = 1.2, beta: float = 1.3, gamma: float = 1.15) -> dict[str, Any]:
+    """CMT-S scaled as eqs. 17-18 say: alpha^phi times as deep, beta^phi as wide, gamma^phi times the image's side.
+
+    For ``timm.create_model("cmt_s", **scale_cmt(1))``. Table 5 has depth alone, ``scale_cmt(1, 2.2, 1, 1)``, and width
+    alone, ``scale_cmt(1, 1, 1.6, 1)``. Rounded to the nearest are blocks, even widths, and sides in multiples of 32.
+
+    The published models do not follow the rule. As they are (CMT-L's shape is inferred), and by the rule:
+
+    ======  =====  =========  ========  ============  ===========  ==============  ===============
+    model   phi    size       by rule   first width   by rule      blocks          by rule
+    ======  =====  =========  ========  ============  ===========  ==============  ===============
+    Ti      -2     160        160       46            38           2, 2, 10, 2     2, 2, 11, 2
+    XS      -1     192        192       52            50           3, 3, 12, 3     3, 3, 13, 3
+    S       0      224        224       64            64           3, 3, 16, 3     3, 3, 16, 3
+    B       1      256        256       76            84           4, 4, 20, 4     4, 4, 19, 4
+    L       2      288        288       88            108          5, 5, 25, 5     4, 4, 23, 4
+    ======  =====  =========  ========  ============  ===========  ==============  ===============
+
+    * The sizes are the rule's.
+    * The blocks are no 1.2^phi. They are 1.25^phi, rounded up where CMT-S has 3 and down where it has 16.
+    * The widths follow no base, however rounded: they grow more from XS to S than from Ti to XS, by more than rounding
+      down, up or to the nearest explains. beta^(2 phi / 3) comes near, with 46, 54, 64, 76 and 90.
+
+    Args:
+        phi: The compound coefficient; 0 is CMT-S.
+        alpha: Base of the depth.
+        beta: Base of the width.
+        gamma: Base of the image's side.
+
+    Returns:
+        Arguments of `CMT`: `img_size` in pixels, `stem_width`, `embed_dims` and `depths`.
+
+    Raises:
+        ValueError: The images would have sides under 32 pixels, or the first stage no channels.
+    """
+    base = VARIANTS["cmt_s"]
+    size = 32 * _round(224 * gamma**phi / 32)
+    width = 2 * _round(base["embed_dims"][0] * beta**phi / 2)
+    if size < MIN_SIZE or width < 2:
+        raise ValueError(f"phi {phi} gives images of {size} pixels and {width} channels; give one nearer to 0")
+    depths = tuple(max(_round(depth * alpha**phi), 1) for depth in base["depths"])
+    return dict(img_size=size, stem_width=width // 2, embed_dims=tuple(width * 2**i for i in range(4)), depths=depths)
+
+
+def _round(value: float) -> int:
+    return math.floor(value + 0.5)  # Python's own rounds 2.5 down
