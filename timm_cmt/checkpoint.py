@@ -52,6 +52,13 @@ _RENAMES: list[tuple["re.Pattern[str]", str]] = [
 ]
 _ONLY_AUTHORS = re.compile(r"(stem_conv|patch_embed_[a-d]\.|relative_pos_[a-d]$|blocks_[a-d]\.|_fc\.|_bn\.)")
 
+# The layers that tell the kinds of CMT apart (see `timm_cmt.ablation`), by names that reparameterization leaves.
+_LAYERS = re.compile(
+    r"(?:stages\.\d+\.blocks\.\d+\.)?"
+    r"(stem\.conv2|lpu\.dwconv|lpu|mlp\.(?!norm)\w+|(?:stem\.norm|norm1)\.running_mean)(?:\.|$)"
+)
+_FINAL = re.compile(r"final_conv\.(\w+)")
+
 
 def get_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """The weights in a training checkpoint, as timm picks them: the averaged ones where there are any."""
@@ -83,26 +90,31 @@ def from_authors_layout(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Shape(NamedTuple):
-    """What tells the variants apart: widths in channels, depths in blocks."""
+    """What tells the variants apart: widths in channels, depths in blocks, and layers by their names."""
 
     stem_width: int
     embed_dims: tuple[int, ...]
     depths: tuple[int, ...]
+    layers: tuple[str, ...] = ("lpu", "mlp.conv1", "mlp.conv2", "mlp.dwconv", "stem.conv2", "stem.norm.running_mean")
+    final: str = "0"  # what stands first in `final_conv`; '' for feature extractors, which lack it
 
     def __str__(self) -> str:
         dims, depths = ("-".join(map(str, numbers)) for numbers in (self.embed_dims, self.depths))
-        return f"stem {self.stem_width}, dims {dims}, depths {depths}"
+        layers = "" if self.layers == Shape._field_defaults["layers"] else f", layers {' '.join(self.layers)}"
+        return f"stem {self.stem_width}, dims {dims}, depths {depths}{layers}"
 
 
 def read_shape(state_dict: Mapping[str, Any]) -> Shape | None:
     """The shape of the network that a state dict in our layout comes from; None where it lacks a stage."""
     stem = state_dict.get("stem.conv1.weight")
-    convs: list[Any] = [state_dict.get(f"stages.{i}.downsample.conv.weight") for i in range(4)]
-    if stem is None or any(conv is None for conv in convs):
+    norms: list[Any] = [state_dict.get(f"stages.{i}.blocks.0.norm1.weight") for i in range(4)]
+    if stem is None or any(norm is None for norm in norms):
         return None
     blocks = {match.groups() for key in state_dict if (match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", key))}
     depths = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4))
-    return Shape(stem.shape[0], tuple(conv.shape[0] for conv in convs), depths)
+    layers = tuple(sorted({match[1] for match in map(_LAYERS.match, state_dict) if match}))
+    final = next((match[1] for match in map(_FINAL.match, state_dict) if match), "")
+    return Shape(stem.shape[0], tuple(norm.shape[0] for norm in norms), depths, layers, final)
 
 
 def adapt(
@@ -124,12 +136,13 @@ def adapt(
     if is_whole and tensors and not own.keys() & tensors.keys():
         raise RuntimeError(_describe_other(tensors))
     theirs, ours = read_shape(tensors), read_shape({_common_name(k): v for k, v in _named_tensors(model).items()})
-    if theirs and ours and theirs != ours:
+    if theirs and ours and (theirs[:-1] != ours[:-1] or "" != theirs.final != ours.final != ""):
         names = {shape: name for name, shape in variants.items()}
-        remedy = f"create the model as {names[theirs]!r}" if theirs in names else "load one of the same network"
+        their_name, our_name = (names.get(s) or names.get(s._replace(final="0")) for s in (theirs, ours))
+        remedy = f"create the model as {their_name!r}" if their_name else "load one of the same network"
         raise RuntimeError(
-            f"this checkpoint is {names.get(theirs, 'another CMT')} ({theirs}) and the model is "
-            f"{names.get(ours, 'another CMT')} ({ours}); {remedy}"
+            f"this checkpoint is {their_name or 'another CMT'} ({theirs}) and the model is "
+            f"{our_name or 'another CMT'} ({ours}); {remedy}"
         )
     for name, module in model.named_modules():
         if isinstance(module, (ActNormConv, ConvNorm)):  # here too, before anything is copied

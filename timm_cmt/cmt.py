@@ -50,10 +50,8 @@ __all__ = ["CMT"]
 torch.fx.wrap("attend")
 register_notrace_module(RelPosBias)
 
-HEAD_WIDTH = 1280  # channels before the pooling
 MIN_SIZE = 32  # pixels: below it the last stage has no token
-
-NormLayer = Callable[..., nn.Module]
+Layer = Callable[..., nn.Module]
 
 
 @torch.fx.wrap
@@ -84,14 +82,19 @@ class Stem(nn.Module):
         ValueError: The image is under 32 pixels high or wide.
     """
 
-    def __init__(self, in_chans: int, dim: int, act_layer: LayerType = nn.GELU, device=None, dtype=None):
+    stride = 2
+
+    def __init__(
+        self, in_chans: int, dim: int, act_layer: LayerType, norm_layer: Layer = nn.BatchNorm2d, device=None, dtype=None
+    ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        layers: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer)
         self.conv1 = nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, **dd)
-        self.conv2 = ActNormConv(nn.Conv2d(dim, dim, 3, padding=1, **dd), act_layer=act_layer, **dd)
-        self.conv3 = ActNormConv(nn.Conv2d(dim, dim, 3, padding=1, **dd), act_layer=act_layer, **dd)
+        self.conv2 = ActNormConv(nn.Conv2d(dim, dim, 3, padding=1, **dd), **layers, **dd)
+        self.conv3 = ActNormConv(nn.Conv2d(dim, dim, 3, padding=1, **dd), **layers, **dd)
         self.act = get_act_layer(act_layer)()
-        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.norm = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = check_size(x)  # here, not in CMT.forward: timm's feature extractors take the model apart
@@ -107,7 +110,7 @@ class PatchAggregation(nn.Module):
     [B, C_in, H, W] -> [B, C, H // 2, W // 2]
     """
 
-    def __init__(self, in_dim: int, dim: int, norm_layer: NormLayer = LayerNorm2d, device=None, dtype=None):
+    def __init__(self, in_dim: int, dim: int, norm_layer: Layer = LayerNorm2d, device=None, dtype=None):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(in_dim, dim, 2, stride=2, **dd)
@@ -152,6 +155,7 @@ class LightweightAttention(nn.Module):
         sr_ratio: Reduction k.
         attn_drop: Dropout probability of the attention weights.
         proj_drop: Dropout probability of the output.
+        norm_layer: The normalisation after the reduction.
 
     Raises:
         ValueError: The heads do not divide the channels.
@@ -166,6 +170,7 @@ class LightweightAttention(nn.Module):
         sr_ratio: int = 1,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        norm_layer: Layer = nn.BatchNorm2d,
         device=None,
         dtype=None,
     ):
@@ -179,7 +184,9 @@ class LightweightAttention(nn.Module):
         self.fused_attn = use_fused_attn()
 
         self.q = nn.Linear(dim, dim, **dd)
-        self.sr = ConvNorm(dim, dim, kernel_size=sr_ratio, groups=dim, **dd) if sr_ratio > 1 else nn.Identity()
+        self.sr = (
+            ConvNorm(dim, dim, sr_ratio, groups=dim, norm_layer=norm_layer, **dd) if sr_ratio > 1 else nn.Identity()
+        )
         self.kv = nn.Linear(dim, 2 * dim, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -200,8 +207,7 @@ class LightweightAttention(nn.Module):
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1) + bias
             x = self.attn_drop(attn.softmax(dim=-1)) @ v
-        x = x.transpose(1, 2).flatten(2)  # [B, N, C]
-        x = self.proj_drop(self.proj(x))
+        x = self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # [B, N, C]
         return x.transpose(1, 2).reshape(B, C, H, W)
 
 
@@ -217,18 +223,27 @@ class InvertedResidualFFN(nn.Module):
         hidden_dim: Channels between the two 1 x 1 convolutions.
         act_layer: The activation.
         drop: Dropout probability after the first BatchNorm and after the last.
+        norm_layer: What stands for BatchNorm.
     """
 
     def __init__(
-        self, dim: int, hidden_dim: int, act_layer: LayerType = nn.GELU, drop: float = 0.0, device=None, dtype=None
+        self,
+        dim: int,
+        hidden_dim: int,
+        act_layer: LayerType = nn.GELU,
+        drop: float = 0.0,
+        norm_layer: Layer = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        layers: dict[str, Any] = dict(act_layer=act_layer, norm_layer=norm_layer)
         dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
         self.conv1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
-        self.dwconv = ActNormConv(dwconv, shortcut=True, act_layer=act_layer, drop=drop, **dd)
-        self.conv2 = ActNormConv(nn.Conv2d(hidden_dim, dim, 1, **dd), act_layer=act_layer, **dd)
-        self.norm: nn.Module = nn.BatchNorm2d(dim, **dd)
+        self.dwconv = ActNormConv(dwconv, shortcut=True, drop=drop, **layers, **dd)
+        self.conv2 = ActNormConv(nn.Conv2d(hidden_dim, dim, 1, **dd), **layers, **dd)
+        self.norm = norm_layer(dim, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,6 +278,7 @@ class Block(nn.Module):
         drop_path: Probability of dropping each of the two residual branches.
         act_layer: The activation.
         norm_layer: The normalisation before LMHSA and IRFFN, of [B, C, H, W].
+        lpu_layer, attn_layer, mlp_layer: The three modules.
     """
 
     def __init__(
@@ -275,18 +291,21 @@ class Block(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         act_layer: LayerType = nn.GELU,
-        norm_layer: NormLayer = LayerNorm2d,
+        norm_layer: Layer = LayerNorm2d,
+        lpu_layer: Layer = LocalPerceptionUnit,
+        attn_layer: Layer = LightweightAttention,
+        mlp_layer: Layer = InvertedResidualFFN,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.lpu = LocalPerceptionUnit(dim, **dd)
+        self.lpu = lpu_layer(dim, **dd)
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = LightweightAttention(dim, num_heads, sr_ratio, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        self.attn = attn_layer(dim, num_heads, sr_ratio, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = InvertedResidualFFN(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -307,9 +326,8 @@ class Stage(nn.Module):
         depth: Blocks.
         grid_size: (height, width) of the stage's output in tokens, at the size the model is built for.
         drop_path: Drop-path probability of each block.
-        downsample_norm_layer: The normalisation of the patch aggregation.
-        recompute_act: As in `CMT`.
-        The others: as in `Block`.
+        block_layer, downsample_layer: The blocks, and the patch aggregation.
+        num_heads, sr_ratio, recompute_act: As in `Block` and `CMT`.
     """
 
     def __init__(
@@ -320,13 +338,9 @@ class Stage(nn.Module):
         grid_size: tuple[int, int],
         num_heads: int,
         sr_ratio: int,
-        mlp_ratio: float,
-        proj_drop: float,
-        attn_drop: float,
         drop_path: list[float],
-        act_layer: LayerType,
-        norm_layer: NormLayer,
-        downsample_norm_layer: NormLayer,
+        block_layer: Layer = Block,
+        downsample_layer: Layer = PatchAggregation,
         recompute_act: bool = False,
         device=None,
         dtype=None,
@@ -335,22 +349,10 @@ class Stage(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
         self.recompute_act = recompute_act
-        self.downsample = PatchAggregation(in_dim, dim, norm_layer=downsample_norm_layer, **dd)
+        self.downsample = downsample_layer(in_dim, dim, **dd)
         self.rel_pos_bias = RelPosBias(num_heads, grid_size, sr_ratio=sr_ratio, **dd)
         self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                num_heads,
-                sr_ratio=sr_ratio,
-                mlp_ratio=mlp_ratio,
-                proj_drop=proj_drop,
-                attn_drop=attn_drop,
-                drop_path=drop_path[i],
-                act_layer=act_layer,
-                norm_layer=norm_layer,
-                **dd,
-            )
-            for i in range(depth)
+            block_layer(dim, num_heads, sr_ratio=sr_ratio, drop_path=drop_path[i], **dd) for i in range(depth)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -363,6 +365,16 @@ class Stage(nn.Module):
                 recompute_act = self.recompute_act and self.training
                 x = run_block(block, x, bias, checkpointing=self.grad_checkpointing, keep_products=recompute_act)
         return x
+
+
+class FinalConv(nn.Sequential):
+    """A 1 x 1 convolution, BatchNorm, SiLU: the FC layer before the pooling (Table 1).
+
+    [B, C_in, H, W] -> [B, C, H, W]
+    """
+
+    def __init__(self, in_dim: int, dim: int, norm_layer: Layer = nn.BatchNorm2d, device=None, dtype=None):
+        super().__init__(ConvNorm(in_dim, dim, norm_layer=norm_layer, device=device, dtype=dtype), nn.SiLU())
 
 
 class CMT(nn.Module):
@@ -389,6 +401,9 @@ class CMT(nn.Module):
         act_layer: The activation of stem and IRFFN; paper: GELU.
         norm_layer: The normalisation of [B, C, H, W] maps in blocks and patch aggregation; paper: LayerNorm, whose eps
             is 1e-6 in the blocks and 1e-5 in the patch aggregation.
+        stem_layer: The stem; one whose `stride` is 4 takes the place of the first patch aggregation as well.
+        lpu_layer, attn_layer, mlp_layer: The three modules of each block.
+        final_layer, head_width: The last layer before the pooling, and its channels.
         recompute_act: In eager training, keep what convolutions, matrix products and attention return, and compute the
             rest of each block anew in the backward pass: about half the memory. There are no second gradients.
 
@@ -414,6 +429,12 @@ class CMT(nn.Module):
         drop_path_rate: float = 0.0,
         act_layer: LayerType = "gelu",
         norm_layer: LayerType | None = None,
+        stem_layer: Layer = Stem,
+        lpu_layer: Layer = LocalPerceptionUnit,
+        attn_layer: Layer = LightweightAttention,
+        mlp_layer: Layer = InvertedResidualFFN,
+        final_layer: Layer = FinalConv,
+        head_width: int = 1280,
         recompute_act: bool = False,
         device=None,
         dtype=None,
@@ -428,33 +449,26 @@ class CMT(nn.Module):
         block_norm = get_norm_layer(norm_layer) or partial(LayerNorm2d, eps=1e-6)
         downsample_norm = get_norm_layer(norm_layer) or partial(LayerNorm2d, eps=1e-5)
 
-        num_stages = len(depths)
-        grid_sizes = get_grid_sizes(_check_img_size(img_size), num_stages)
-        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, sum(depths))
-        self.stem = Stem(in_chans, stem_width, act_layer=act_layer, **dd)
-        self.feature_info: list[dict[str, Any]] = [dict(num_chs=stem_width, reduction=2, module="stem")]
-        common: dict[str, Any] = dict(
-            mlp_ratio=mlp_ratio,
-            proj_drop=proj_drop_rate,
-            attn_drop=attn_drop_rate,
-            act_layer=act_layer,
-            norm_layer=block_norm,
-            downsample_norm_layer=downsample_norm,
-            recompute_act=recompute_act,
-        )
-        dims = [stem_width, *embed_dims]
-        stages = []
-        for i in range(num_stages):
-            own: dict[str, Any] = dict(depth=depths[i], grid_size=grid_sizes[i], num_heads=num_heads[i])
-            own.update(sr_ratio=sr_ratios[i], drop_path=drop_paths[sum(depths[:i]) : sum(depths[: i + 1])])
-            stages.append(Stage(dims[i], dims[i + 1], **own, **common, **dd))
+        grid_sizes = get_grid_sizes(_check_img_size(img_size), len(depths))
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        layers: Any = dict(norm_layer=block_norm, lpu_layer=lpu_layer, attn_layer=attn_layer, mlp_layer=mlp_layer)
+        layers.update(mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, act_layer=act_layer)
+        stage: Layer = partial(Stage, block_layer=partial(Block, **layers), recompute_act=recompute_act, **dd)
+        downsample_layer = partial(PatchAggregation, norm_layer=downsample_norm)
+
+        self.stem = stem_layer(in_chans, stem_width, act_layer=act_layer, **dd)
+        stride: Any = self.stem.stride
+        self.feature_info: list[dict[str, Any]] = [dict(num_chs=stem_width, reduction=stride, module="stem")]
+        dims, self.stages = [stem_width, *embed_dims], nn.Sequential()
+        for i in range(len(depths)):
+            own: Any = dict(depth=depths[i], grid_size=grid_sizes[i], num_heads=num_heads[i], sr_ratio=sr_ratios[i])
+            own.update(drop_path=drop_paths[i], downsample_layer=downsample_layer if i or stride < 4 else nn.Identity)
+            self.stages.append(stage(dims[i], dims[i + 1], **own))
             self.feature_info.append(dict(num_chs=dims[i + 1], reduction=4 * 2**i, module=f"stages.{i}"))
-        self.stages = nn.Sequential(*stages)
-        self.num_features = self.head_hidden_size = HEAD_WIDTH
-        self.final_conv: nn.Module = nn.Sequential(ConvNorm(dims[-1], HEAD_WIDTH, **dd), nn.SiLU())
-        self.global_pool, head = create_classifier(HEAD_WIDTH, num_classes, pool_type=global_pool, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = head
+        self.num_features = self.head_hidden_size = head_width
+        self.final_conv = final_layer(dims[-1], head_width, **dd)
+        self.global_pool, head = create_classifier(head_width, num_classes, pool_type=global_pool, **dd)
+        self.head_drop, self.head = nn.Dropout(drop_rate), head
 
         self.init_weights()
         self.register_load_state_dict_pre_hook(_adapt_checkpoint)
@@ -470,16 +484,12 @@ class CMT(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return dict(
-            stem=r"^stem",
-            blocks=r"^stages\.(\d+)"
-            if coarse
-            else [
-                (r"^stages\.(\d+)\.(?:downsample|rel_pos_bias)", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^final_conv", (99999,)),
-            ],
-        )
+        blocks = [
+            (r"^stages\.(\d+)\.(?:downsample|rel_pos_bias)", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^final_conv", (99999,)),
+        ]
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -515,13 +525,8 @@ class CMT(nn.Module):
         self.num_classes = num_classes
         if global_pool is None:
             global_pool = self.global_pool.pool_type or ("avg" if num_classes else "")
-        self.global_pool, self.head = create_classifier(
-            self.head_hidden_size,
-            num_classes,
-            pool_type=global_pool,
-            device=param.device,
-            dtype=param.dtype,
-        )
+        dd: dict[str, Any] = {"device": param.device, "dtype": param.dtype}
+        self.global_pool, self.head = create_classifier(self.head_hidden_size, num_classes, pool_type=global_pool, **dd)
         self.global_pool.train(self.training)
         self.head.train(self.training)
 
@@ -597,10 +602,7 @@ class CMT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, 1280, H / 32, W / 32], after the head's 1 x 1 convolution."""
-        x = self.stem(x)
-        x = self.stages(x)
-        x = self.final_conv(x)
-        return x
+        return self.final_conv(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, 1280, h, w] -> [B, num_classes], or [B, 1280] before the classifier if `pre_logits`."""
@@ -608,9 +610,7 @@ class CMT(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
+        return self.forward_head(self.forward_features(x))
 
 
 def _init_weights(module: nn.Module, name: str = "") -> None:
@@ -677,7 +677,7 @@ def _create_cmt(variant: str, pretrained: bool = False, **kwargs) -> CMT:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-        **dict(VARIANTS[variant], **kwargs),
+        **dict(VARIANTS.get(variant, {}), **kwargs),
     )
     if not isinstance(model, CMT):  # timm's feature extractors, which take the model apart
         model.register_load_state_dict_pre_hook(_adapt_checkpoint)

@@ -27,16 +27,24 @@ class ActNormConv(nn.Module):
         act_layer: The activation, element by element.
         shortcut: Add Y.
         drop: Dropout probability after the norm.
+        norm_layer: What stands for BatchNorm.
     """
 
     shortcut: torch.jit.Final[bool]
 
     def __init__(
-        self, conv: nn.Conv2d, act_layer: LayerType, shortcut: bool = False, drop: float = 0.0, device=None, dtype=None
+        self,
+        conv: nn.Conv2d,
+        act_layer: LayerType,
+        shortcut: bool = False,
+        drop: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         self.act = get_act_layer(act_layer)()
-        self.norm: nn.Module = nn.BatchNorm2d(conv.in_channels, device=device, dtype=dtype)
+        self.norm = norm_layer(conv.in_channels, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
         self.conv = conv
         self.shortcut = shortcut
@@ -99,12 +107,22 @@ class ConvNorm(nn.Module):
         dim: Channels of the output.
         kernel_size: Of the convolution; its stride is the same, so that its windows do not overlap.
         groups: Of the convolution.
+        norm_layer: What stands for BatchNorm.
     """
 
-    def __init__(self, in_dim: int, dim: int, kernel_size: int = 1, groups: int = 1, device=None, dtype=None):
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        kernel_size: int = 1,
+        groups: int = 1,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride=kernel_size, groups=groups, device=device, dtype=dtype)
-        self.norm = nn.BatchNorm2d(dim, device=device, dtype=dtype)
+        self.norm = norm_layer(dim, device=device, dtype=dtype)
         self.register_load_state_dict_pre_hook(refuse_other_kind)
 
     def forward(self, x: Tensor) -> Tensor:

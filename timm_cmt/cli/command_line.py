@@ -248,6 +248,25 @@ def _build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("--data-dir", help="the data set's folder (default: DIR, to be filled in)")
     recipe.set_defaults(run=_run_recipe, module="recipe")
 
+    cost = commands.add_parser(
+        "cost",
+        help="print what a model costs, by the paper's formulas and as counted",
+        description="Print for each stage the multiply-adds by the paper's formulas beside those counted, parameters, "
+        "tokens, the position bias's share, and the activations that training keeps.",
+    )
+    cost.add_argument("model", nargs="?", default="cmt_s", type=_model, help=f"{a_model} (default: %(default)s)")
+    cost.add_argument(
+        "--size",
+        type=_height_and_width,
+        nargs="+",
+        metavar="PIXELS",
+        help="image sizes: one number, or height and width as 800x1333 (default: the model's own)",
+    )
+    cost.add_argument(
+        "--plot", type=Path, metavar="FILE", help="picture of the growth with the size, against DeiT-S and Swin-T"
+    )
+    cost.set_defaults(run=_run_cost)
+
     configs = commands.add_parser("hub-configs", help="write the configurations and model cards of published models")
     configs.add_argument(
         "--out", type=Path, default=Path("hub_configs"), help="folder to write into (default: %(default)s)"
@@ -285,6 +304,18 @@ def _run_recipe(args: argparse.Namespace) -> None:
         name: getattr(args, name) for name in ("batch_size", "gpus", "data_dir") if getattr(args, name) is not None
     }
     print(make_command(args.name, **given) if given or is_for_torchvision(args.name) else find_recipe(args.name))
+
+
+def _run_cost(args: argparse.Namespace) -> None:
+    from ..cmt import default_cfgs
+    from .cost import LEFT_OUT, count_cost, format_costs, plot_growth
+
+    for size in args.size or [default_cfgs[args.model].default.input_size[1:]]:
+        print(format_costs(args.model, size, count_cost(args.model, size)), end="\n\n")
+    print(LEFT_OUT)
+    if args.plot:
+        plot_growth(args.model, args.plot)
+        print(args.plot)
 
 
 def _run_hub_configs(args: argparse.Namespace) -> None:
@@ -346,6 +377,13 @@ def _image_size(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < MIN_SIZE:
         raise argparse.ArgumentTypeError(f"{text} is no image size for CMT; give {MIN_SIZE} pixels or more")
     return int(text)
+
+
+def _height_and_width(text: str) -> tuple[int, int]:
+    sides = [_image_size(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text} is no image size for CMT; give one number, or HEIGHTxWIDTH")
+    return sides[0], sides[-1]
 
 
 def _device(text: str) -> str:

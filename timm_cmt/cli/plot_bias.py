@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..cmt import CMT
 from .models import get_cfg
+from .pictures import check_picture, save_picture
 
 __all__ = ["plot_bias"]
 
@@ -35,12 +36,7 @@ def plot_bias(model: CMT, img_size: tuple[int, int], path: Path, weights: str = 
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
 
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; name the picture to write, such as {path / 'bias.png'}")
-    suffix = path.suffix.lstrip(".") or "png"
-    if suffix.lower() not in Figure().canvas.get_supported_filetypes():
-        raise ValueError(f"{path}: matplotlib writes no .{suffix}; name the picture .png, .pdf or .svg")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_picture(path)
     resized = deepcopy(model)
     resized.set_input_size(img_size)
     held_size, new_size = (" x ".join(map(str, get_cfg(m)["input_size"][1:])) for m in (model, resized))
@@ -77,12 +73,7 @@ def plot_bias(model: CMT, img_size: tuple[int, int], path: Path, weights: str = 
                 ax.text(-0.1, 0.5, f"{which}\n{size}", transform=ax.transAxes, ha="right", va="center", fontsize=7)
         axes[row, column].set_title(title, fontsize=7)
     figure.colorbar(colours, ax=axes, shrink=0.6, label="added before the softmax")
-    part = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(part, dpi=120, format=suffix)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    save_picture(figure, path)
 
 
 def _middle_query(model: CMT, stage: int) -> tuple[Tensor, tuple[int, int]]:
