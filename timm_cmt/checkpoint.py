@@ -98,6 +98,11 @@ class Shape(NamedTuple):
     layers: tuple[str, ...] = ("lpu", "mlp.conv1", "mlp.conv2", "mlp.dwconv", "stem.conv2", "stem.norm.running_mean")
     final: str = "0"  # what stands first in `final_conv`; '' for feature extractors, which lack it
 
+    def can_be_of(self, whole: "Shape") -> bool:
+        """Can a state dict of this shape, of which layers may be missing, be of a network of that one?"""
+        has_other = bool(set(self.layers) - set(whole.layers)) or "" != self.final != whole.final != ""
+        return self[:3] == whole[:3] and not has_other
+
     def __str__(self) -> str:
         dims, depths = ("-".join(map(str, numbers)) for numbers in (self.embed_dims, self.depths))
         layers = "" if self.layers == Shape._field_defaults["layers"] else f", layers {' '.join(self.layers)}"
@@ -136,7 +141,7 @@ def adapt(
     if is_whole and tensors and not own.keys() & tensors.keys():
         raise RuntimeError(_describe_other(tensors))
     theirs, ours = read_shape(tensors), read_shape({_common_name(k): v for k, v in _named_tensors(model).items()})
-    if theirs and ours and (theirs[:-1] != ours[:-1] or "" != theirs.final != ours.final != ""):
+    if theirs and ours and not theirs.can_be_of(ours):
         names = {shape: name for name, shape in variants.items()}
         their_name, our_name = (names.get(s) or names.get(s._replace(final="0")) for s in (theirs, ours))
         remedy = f"create the model as {their_name!r}" if their_name else "load one of the same network"

@@ -650,7 +650,7 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
         RuntimeError: It is not one of a CMT, or of another variant, or not whole.
     """
     state_dict = adapt(clean_state_dict(dict(get_weights(checkpoint))), model, SHAPES)
-    missing = [name for name, _ in model.named_parameters() if name not in state_dict and not name.startswith("head.")]
+    missing = [n for n in model.state_dict() if not (n in state_dict or n.startswith("head.") or "num_batches" in n)]
     if missing:  # timm loads without `strict` where the classes differ, and would leave these as they are
         raise RuntimeError(f"this checkpoint is not whole: it lacks {missing[0]} and {len(missing) - 1} others")
     return state_dict
