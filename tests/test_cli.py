@@ -85,6 +85,7 @@ def test_ctrl_c_while_torch_and_timm_are_imported_is_status_130_and_one_line(mod
 import os, signal, sys
 
 waited_for = [{module!r}]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores the interrupt
 
 def interrupt(event, args):
     if event == "import" and waited_for and args[0] == waited_for[0]:
