@@ -1,4 +1,4 @@
-"""What timm-cmt adds to `import torch` and `import timm`, and how long its models take to make.
+"""What timm-cmt adds to `import torch`, `import torchvision` and `import timm`, and how long its models take to make.
 
 "Without" is with torch's autoload switched off, so that the package is not looked at. Each import is in a fresh
 interpreter, with and without in turn. Where these scatter by more than the difference, the time in the package's own
@@ -48,7 +48,7 @@ def main() -> None:
         parser.error(f"{args.rounds} rounds have no quartiles; give 2 or more")
 
     print("| | without, s | with, s | difference, ms | quartiles |\n|---|---|---|---|---|")
-    for module in ("torch", "timm"):
+    for module in ("torch", "torchvision", "timm"):
         pairs = []
         for round_ in tqdm(range(args.rounds + 1), desc=f"import {module}", leave=False):
             order = "01" if round_ % 2 else "10"
