@@ -54,13 +54,13 @@ def release(tmp_path_factory) -> Path:
     return folder.parent.parent
 
 
-def run_suite(file: Path, keyword: str, torch_home: Path) -> dict[str, int]:
+def run_suite(file: Path, keyword: str, torch_home: Path, *more: str) -> dict[str, int]:
     """Run timm's tests on cmt models in a process of their own; returns how many of each outcome.
 
     In two processes, or in one beside other tests: timm's time limits are for tests that have their processor.
     """
     processes = "0" if "PYTEST_XDIST_WORKER" in os.environ else "2"
-    options = ["-q", "-rs", "-n", processes, "-k", keyword, "-p", "no:cacheprovider", "--durations=8"]
+    options = ["-q", "-rs", "-n", processes, "-k", keyword, "-p", "no:cacheprovider", "--durations=8", *more]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, file.name],
         cwd=file.parent,
@@ -84,6 +84,17 @@ def test_timm_s_model_tests_pass_unmodified(names, timm_tests, release):
     expected = 8 * len(names) + 2 * len(RELEASE_FILES.keys() & set(names))
     assert outcomes["passed"] + outcomes.get("skipped", 0) >= expected
     assert outcomes.get("skipped", 0) <= (4 if len(names) > 1 else 0)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("TIMM_CMT_ABLATIONS"),
+    reason="NOT TESTED: timm's own test-suite on the models of timm_cmt.ablation, which takes minutes more. Run "
+    "TIMM_CMT_ABLATIONS=1 pytest tests/integration/test_timm_suite.py -k ablations",
+)
+def test_timm_s_model_tests_pass_on_the_ablations(timm_tests, release):
+    # pytest imports what -p names before the tests, as train.py does with --device-modules.
+    outcomes = run_suite(timm_tests / "test_models.py", "cmt_s_", release, "-p", "timm_cmt.ablation")
+    assert outcomes["passed"] >= 8 * 8 and not outcomes.get("skipped")
 
 
 def test_timm_s_tests_of_intermediates_pass_with_cmt_added_to_their_modules(timm_tests, release):
