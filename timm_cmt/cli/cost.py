@@ -167,7 +167,7 @@ def plot_growth(name: str, path: Path) -> None:
         right.plot(PLOT_SIZES, [100 * product / total for total, product in pairs], "o-", color=f"C{i}", label=label)
     left.set_ylabel("multiply-adds, G")
     left.set_yscale("log")
-    right.set_ylabel("of them, products in attention (the terms with n²), %")
+    right.set_ylabel("of them in the products of attention (n²), %")
     for axes in (left, right):
         axes.set_xlabel("side of the image, pixels")
         axes.set_xticks(PLOT_SIZES)
