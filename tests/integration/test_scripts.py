@@ -131,6 +131,17 @@ def test_train_saves_a_checkpoint_with_averaged_weights(trained):
     assert checkpoint["state_dict"]["stages.0.rel_pos_bias.query_grid"].tolist() == [16, 16]
 
 
+def test_train_finds_an_ablation_by_device_modules(data, tmp_path):
+    run(
+        f"train.py --data-dir {data} --device-modules timm_cmt.ablation --model cmt_s_4stage --img-size 32 "
+        "--model-kwargs img_size=32 depths=(1,1,1,1) --num-classes 10 --epochs 1 --batch-size 16 --opt adamw --lr 1e-4 "
+        "--warmup-epochs 0 --workers 1 --device cpu --output out --experiment test",
+        tmp_path,
+    )
+    state = torch.load(tmp_path / "out" / "test" / "last.pth.tar", weights_only=False)["state_dict"]
+    assert "stages.0.blocks.0.mlp.fc1.weight" in state and state["stem.conv1.weight"].shape[-1] == 4
+
+
 def test_resume_and_initial_checkpoint_at_another_size(trained, data, tmp_path):
     options = (
         f"--data-dir {data} --model cmt_ti --img-size 96 --model-kwargs img_size=96 "

@@ -58,38 +58,47 @@ def release(tmp_path_factory) -> Path:
     return folder.parent.parent
 
 
-@pytest.fixture(scope="module")
-def outcomes(request, timm_tests, release) -> dict[tuple[str, str], list[str]]:
+def run_suite(folder: Path, torch_home: Path, keyword: str, *more: str) -> dict[tuple[str, str], list[str]]:
     """(file, model) -> how each of timm's tests of that model ended: passed, or else why it did not.
 
-    All files and all models that are asked for run in one process, since timm and its 18000 tests take long to load. In
-    two processes, or in one beside other tests: timm's time limits are for tests that have their processor.
+    In two processes, or in one beside other tests: timm's time limits are for tests that have their processor.
     """
-    asked = {item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)}
-    source = (timm_tests / "test_models.py").read_text()
-    edited, count = re.subn(r"(FEAT_INTER_FILTERS = \[)", r"\1'cmt', ", source, count=1)
-    assert count == 1
-    (timm_tests / EDITED).write_text(edited)
-    models = " or ".join(name for name in MODELS if name in asked)
-    keyword = f"({models}) and (not edited or intermediates or prune)"
     processes = "0" if "PYTEST_XDIST_WORKER" in os.environ else "2"
     options = ["-q", "-n", processes, "-k", keyword, "-p", "no:cacheprovider", "--durations=12", "--junit-xml=out.xml"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "test_models.py", EDITED],
-        cwd=timm_tests,
-        env={**os.environ, "TORCH_HOME": str(release), "OMP_NUM_THREADS": "1", "TIMEOUT": "600"},
+        [sys.executable, "-m", "pytest", *options, *more],
+        cwd=folder,
+        env={**os.environ, "TORCH_HOME": str(torch_home), "OMP_NUM_THREADS": "1", "TIMEOUT": "600"},
         capture_output=True,
         text=True,
     )
     assert done.returncode in (0, 1), done.stdout[-6000:] + done.stderr[-2000:]  # 1: some have failed
     print(done.stdout[done.stdout.find("= slowest") :])  # -rP shows it
     found: dict[tuple[str, str], list[str]] = {}
-    for case in ElementTree.parse(timm_tests / "out.xml").iter("testcase"):
-        (model,) = (name for name in MODELS if re.search(rf"\b{name}\b", case.get("name")))
+    for case in ElementTree.parse(folder / "out.xml").iter("testcase"):
         ends = [end.get("message", "") + (end.text or "") for end in case if end.tag in ("failure", "error")]
         ends += [end.get("message", "") for end in case if end.tag == "skipped"]
+        model = re.search(r"cmt_[a-z0-9_]+", case.get("name"))[0]
         found.setdefault((case.get("classname"), model), []).append(ends[0] if ends else "passed")
     return found
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, timm_tests, release) -> dict[tuple[str, str], list[str]]:
+    """What `run_suite` gives for all files and all models that are asked for.
+
+    They run in one process, since timm and its 18000 tests take long to load.
+    """
+    tests = [item for item in request.session.items if item.path == Path(__file__)]
+    asked = {item.callspec.params["name"] for item in tests if hasattr(item, "callspec")}
+    source = (timm_tests / "test_models.py").read_text()
+    edited, count = re.subn(r"(FEAT_INTER_FILTERS = \[)", r"\1'cmt', ", source, count=1)
+    assert count == 1
+    (timm_tests / EDITED).write_text(edited)
+    models = " or ".join(name for name in MODELS if name in asked)
+    return run_suite(
+        timm_tests, release, f"({models}) and (not edited or intermediates or prune)", "test_models.py", EDITED
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -106,3 +115,16 @@ def test_timm_s_tests_of_intermediates_pass_with_cmt_added_to_their_modules(name
     ends = outcomes[EDITED.removesuffix(".py"), name]
     assert set(ends) <= {"passed", SIZE_LIMIT}, "\n".join(ends)
     assert len(ends) >= 2 and ends.count(SIZE_LIMIT) <= EDITED_SKIPPED.get(name, 0)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("TIMM_CMT_ABLATIONS"),
+    reason="NOT TESTED: timm's own test-suite on the models of timm_cmt.ablation, which takes minutes more. Run "
+    "TIMM_CMT_ABLATIONS=1 pytest tests/integration/test_timm_suite.py -k ablations",
+)
+def test_timm_s_model_tests_pass_on_the_ablations(timm_tests, release):
+    # pytest imports what -p names before the tests, as train.py does with --device-modules.
+    outcomes = run_suite(timm_tests, release, "cmt_s_", "-p", "timm_cmt.ablation", "test_models.py")
+    assert len(outcomes) == 8
+    for (_, name), ends in outcomes.items():
+        assert set(ends) == {"passed"} and len(ends) >= 8, f"{name}: {ends}"

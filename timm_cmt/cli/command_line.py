@@ -309,7 +309,10 @@ def _run_recipe(args: argparse.Namespace) -> None:
 def _run_cost(args: argparse.Namespace) -> None:
     from ..cmt import default_cfgs
     from .cost import LEFT_OUT, count_cost, format_costs, plot_growth
+    from .pictures import check_picture  # matplotlib is an extra
 
+    if args.plot:
+        check_picture(args.plot)
     for size in args.size or [default_cfgs[args.model].default.input_size[1:]]:
         print(format_costs(args.model, size, count_cost(args.model, size)), end="\n\n")
     print(LEFT_OUT)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..cmt import CMT, VARIANTS, get_grid_sizes
 from .models import create_cmt
-from .pictures import check_picture, save_picture
+from .pictures import save_picture
 
 __all__ = ["LEFT_OUT", "Cost", "block_formula", "count_cost", "format_costs", "plot_growth"]
 
@@ -151,15 +151,10 @@ def plot_growth(name: str, path: Path) -> None:
     """Draw how multiply-adds grow with the image's side, against DeiT-S and Swin-T counted the same way.
 
     Beside it, the share of them that attention's products have: the terms with n^2.
-
-    Raises:
-        IsADirectoryError: `path` is a folder.
-        ValueError: matplotlib has no such format.
     """
     from matplotlib.figure import Figure
     from tqdm import tqdm
 
-    check_picture(path)
     counts: dict[str, list[tuple[float, float]]] = {}
     runs = [(model, size) for model in (name, *PEERS) for size in PLOT_SIZES]
     for model, size in tqdm(runs, unit="model", desc="counting"):
@@ -172,7 +167,7 @@ def plot_growth(name: str, path: Path) -> None:
         right.plot(PLOT_SIZES, [100 * product / total for total, product in pairs], "o-", color=f"C{i}", label=label)
     left.set_ylabel("multiply-adds, G")
     left.set_yscale("log")
-    right.set_ylabel("of them, products in attention (the terms with n²), %")
+    right.set_ylabel("of them in the products of attention (n²), %")
     for axes in (left, right):
         axes.set_xlabel("side of the image, pixels")
         axes.set_xticks(PLOT_SIZES)
