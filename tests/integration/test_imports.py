@@ -1,5 +1,6 @@
 """The models are there in whatever way Python, timm and this package are run: workers, zips, frozen, hooked."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import timm
 from interpreters import FIVE, SHOW, clean_environ, python, said
+
+import timm_cmt
 
 
 def run(*command: str | Path, cwd: Path, **environ: str) -> subprocess.CompletedProcess:
@@ -63,7 +66,8 @@ def test_timm_in_a_zip_has_the_models(tmp_path):
             if path.suffix != ".pyc":
                 file.write(path, path.relative_to(folder.parent))
     code = f"{SHOW}; print(timm.__file__)"
-    shown = said(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "timm.zip"))).splitlines()
+    search_path = os.pathsep.join(map(str, (tmp_path / "timm.zip", Path(timm_cmt.__file__).parents[1])))
+    shown = said(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=search_path)).splitlines()
     assert shown == [FIVE, str(tmp_path / "timm.zip" / "timm" / "__init__.py")]
 
 
