@@ -14,8 +14,11 @@ import torchvision
 
 torchvision.models.get_model = functools.partial(torchvision.models.get_model, min_size=96, max_size=160)
 torch.cuda.set_device = lambda device: None
-_init = torch.distributed.init_process_group
+_init, _tensor = torch.distributed.init_process_group, torch.tensor
 torch.distributed.init_process_group = lambda backend, **options: _init("gloo", **options)
+torch.tensor = lambda *data, device=None, **options: _tensor(
+    *data, device=None if device == "cuda" else device, **options
+)
 
 del sys.argv[0]
 sys.path[0] = sys.argv[0].rpartition("/")[0]  # where Python would look for what the script imports
