@@ -265,7 +265,7 @@ def _build_parser() -> argparse.ArgumentParser:
     cost.add_argument(
         "--plot", type=Path, metavar="FILE", help="picture of the growth with the size, against DeiT-S and Swin-T"
     )
-    cost.set_defaults(run=_run_cost)
+    cost.set_defaults(run=_run_cost, module="cost")
 
     configs = commands.add_parser("hub-configs", help="write the configurations and model cards of published models")
     configs.add_argument(
