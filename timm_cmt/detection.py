@@ -172,8 +172,8 @@ def _find_weights(variant: str, weights: str) -> tuple[str, dict[str, Any]]:
     if isinstance(weights, (str, Path)) and Path(weights).is_file():
         return variant, dict(pretrained_cfg_overlay=dict(file=str(weights)))
     raise ValueError(
-        f"weights_backbone {weights} is unknown; give in1k, a checkpoint's file, a folder with config.json, or hf-hub: "
-        "and where it is"
+        f"weights_backbone {weights} is unknown, and no file or folder; give in1k, a checkpoint's file, a folder with "
+        "config.json, or hf-hub: and where it is"
     )
 
 

@@ -7,12 +7,12 @@ has none of them no detector is registered.
 """
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
-__all__ = ["DETECTORS", "VARIANTS"]
+__all__: list[str] = []  # torchvision.models.get_model has them
 
-VARIANTS = ("cmt_ti", "cmt_xs", "cmt_s", "cmt_b", "cmt_l")  # as in cmt.py, which imports timm
-DETECTORS = {"retinanet": "RetinaNet", "maskrcnn": "Mask R-CNN"}
+_VARIANTS = ("cmt_ti", "cmt_xs", "cmt_s", "cmt_b", "cmt_l")  # as in cmt.py, which imports timm
+_DETECTORS = {"retinanet": "RetinaNet", "maskrcnn": "Mask R-CNN"}
 # The sizes of the paper's 3x schedule. Training draws one for each image; the last is for evaluation.
 _SIZES = {"": {}, "_ms": dict(min_size=tuple(range(640, 801)))}
 
@@ -22,7 +22,7 @@ def _make_builder(
 ) -> Callable[..., Any]:
     def build(
         *,
-        weights: Optional[weights_enum] = None,  # type: ignore[valid-type]  # noqa: UP045
+        weights: weights_enum | None = None,  # type: ignore[valid-type]
         progress: bool = True,
         num_classes: int | None = None,
         weights_backbone: str | None = None,
@@ -38,7 +38,7 @@ def _make_builder(
         )
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"""{DETECTORS[detector]} on {variant} and a feature pyramid, as torchvision's builders.
+    build.__doc__ = f"""{_DETECTORS[detector]} on {variant} and a feature pyramid, as torchvision's builders.
 
     Args:
         weights: None: no trained ones have been released.
@@ -48,7 +48,7 @@ def _make_builder(
             `timm-cmt convert` wrote; "hf-hub:ORG/NAME". None for random ones. With weights, BatchNorm is frozen.
         trainable_backbone_layers: How many of stem and stages, 0 to 5, are trained, counted from the last stage; 3 if
             None. Without weights all are.
-        kwargs: Arguments of torchvision's {DETECTORS[detector].replace(" ", "").replace("-", "")}.
+        kwargs: Arguments of torchvision's {_DETECTORS[detector].replace(" ", "").replace("-", "")}.
 
     Raises:
         ValueError: Something is unknown or out of range.
@@ -67,8 +67,8 @@ def _register() -> None:
         """None have been released. torchvision.models.get_model_weights finds this by the builders' annotations."""
 
     taken = set(list_models())
-    for detector in DETECTORS:
-        for variant in VARIANTS:
+    for detector in _DETECTORS:
+        for variant in _VARIANTS:
             for suffix, sizes in _SIZES.items():
                 name = f"{detector}_{variant}_fpn{suffix}"
                 if name not in taken:  # by torchvision itself one day, or by this file before a reload

@@ -114,7 +114,7 @@ def measure(coco: COCO, outputs: list[dict[str, Tensor]], kind: str) -> None:
 def draw(targets: list[dict[str, Tensor]], found: dict[str, list[dict[str, Tensor]]], path: Path) -> None:
     """Draw each photograph with what is drawn by hand, and beside it what each detector is sure of."""
     columns = {"drawn by hand": targets, **found}
-    figure = Figure(figsize=(3.7 * len(columns), 16), layout="constrained")
+    figure = Figure(figsize=(3.1 * len(columns), 13.4), layout="constrained")
     for row, (axes, file) in enumerate(zip(figure.subplots(len(PHOTOGRAPHS), len(columns)), PHOTOGRAPHS)):
         for ax, (title, outputs) in zip(axes, columns.items()):
             draw_objects(ax, file, outputs[row], title)

@@ -253,7 +253,7 @@ def weights(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     model = timm.create_model("cmt_ti", img_size=64)
     torch.nn.init.ones_(model.stem.conv1.weight)
-    timm.models.save_for_hf(model, folder)
+    timm.models.save_for_hf(model, folder, safe_serialization="both")
     return folder
 
 
@@ -326,7 +326,10 @@ def test_a_frozen_backbone_has_gradients_where_it_is_trained_alone(weights):
     ("arguments", "message"),
     [
         (dict(weights="COCO_V1"), "weights 'COCO_V1' is unknown: no weights of retinanet_cmt_s_fpn have been released"),
-        (dict(weights_backbone="IMAGENET1K_V1"), "weights_backbone IMAGENET1K_V1 is unknown; give in1k, "),
+        (
+            dict(weights_backbone="IMAGENET1K_V1"),
+            "weights_backbone IMAGENET1K_V1 is unknown, and no file or folder; give in1k, ",
+        ),
         (dict(weights_backbone=torchvision.models.ResNet50_Weights.DEFAULT), "weights_backbone ResNet50_Weights.IMAGE"),
         (dict(trainable_backbone_layers=6), "trainable_backbone_layers 6 is not in the range; give 0 to 5"),
         (dict(trainable_backbone_layers=-1), "trainable_backbone_layers -1 is not in the range"),
