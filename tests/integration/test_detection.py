@@ -218,8 +218,8 @@ def test_an_unknown_argument_is_a_type_error(build):
         build("cmt_ti", 3, drop_paths=0.1)
 
 
-def test_a_detector_learns_the_objects_in_photographs(tmp_path):
-    """To a high mAP on the six photographs that it is trained on. The example's own 200 steps reach more."""
+def run_example(folder: Path, steps: int) -> float:
+    """Train the example's RetinaNet; returns the mAP that it prints."""
     for package in ("pycocotools", "skimage"):
         pytest.importorskip(
             package,
@@ -227,14 +227,26 @@ def test_a_detector_learns_the_objects_in_photographs(tmp_path):
             "pytest tests/integration/test_detection.py",
         )
     script = Path(__file__).parents[2] / "benchmarks" / "examples" / "detect.py"
-    options = ["--detectors", "retinanet", "--steps", "100"]
-    command = [sys.executable, script, *options]
-    done = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
+    command = [sys.executable, script, "--detectors", "retinanet", "--steps", str(steps)]
+    done = subprocess.run(command, cwd=folder, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    precision = float(re.search(r"IoU=0.50:0.95 \| area=   all \| maxDets=100 \] = ([\d.]+)", done.stdout).group(1))
-    assert precision > 0.5, done.stdout  # training differs a little between processors
+    return float(re.search(r"IoU=0.50:0.95 \| area=   all \| maxDets=100 \] = ([\d.]+)", done.stdout).group(1))
+
+
+def test_the_example_prints_coco_s_table_and_draws_what_it_finds(tmp_path):
+    assert 0 <= run_example(tmp_path, steps=2) <= 1
     assert Image.open(tmp_path / "detections.png").height > 1000
     assert [file.name for file in tmp_path.iterdir()] == ["detections.png"]
+
+
+@pytest.mark.skipif(
+    not os.environ.get("TIMM_CMT_EXAMPLES"),
+    reason="NOT TESTED: that a detector learns the objects in photographs, which takes four minutes. Run "
+    "TIMM_CMT_EXAMPLES=1 pytest tests/integration/test_detection.py -k learns",
+)
+def test_a_detector_learns_the_objects_in_photographs(tmp_path):
+    """To a high mAP on the six photographs that it is trained on. The example's own 200 steps reach more."""
+    assert run_example(tmp_path, steps=100) > 0.5  # training differs a little between processors
 
 
 # ---- under torchvision's names
