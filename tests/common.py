@@ -10,6 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from timm_cmt.cmt import VARIANTS, default_cfgs
 
@@ -62,3 +65,23 @@ def parity_input(size: int) -> torch.Tensor:
 
 def images(batch: int = 4, channels: int = 3, height: int = 64, width: int = 64) -> torch.Tensor:
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+class _Storages(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            self.made[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+
+def count_kept(model: torch.nn.Module, x: torch.Tensor) -> int:
+    """Bytes that are there after a forward pass in training: autograd's, and what a checkpoint keeps by itself."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    with _Storages() as storages:
+        out = model.train()(x)  # noqa: F841 (the graph is there as long as this)
+        return sum(n for at, (storage, n) in storages.made.items() if at not in own and not storage.expired())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import timm
-from memory import saved_bytes  # of benchmarks/
+from common import count_kept, images
 from PIL import Image
 from test_cli import fail
 
@@ -41,10 +41,7 @@ def test_the_parts_add_up_to_the_model(size):
 
 
 def test_what_is_kept_is_what_training_keeps_on_the_cpu():
-    import torch
-
-    model = timm.create_model("cmt_ti", img_size=64)
-    expected = saved_bytes(model, torch.zeros(1, 3, 64, 64))
+    expected = count_kept(timm.create_model("cmt_ti", img_size=64), images(1, height=64, width=64))
     assert count_cost("cmt_ti", (64, 64))[-1].kept == pytest.approx(expected, rel=0.01)
 
 

@@ -5,12 +5,9 @@ import copy
 import pytest
 import timm
 import torch
-from common import SMALL, images
+from common import SMALL, count_kept, images
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 SMALL_FEATURES = {key: value for key, value in SMALL.items() if key != "num_classes"}
 
@@ -223,27 +220,7 @@ def test_checkpointing_by_timm_s_feature_extractors_moves_the_statistics_once_a_
         torch.testing.assert_close(counts[1][name], value, msg=name)
 
 
-class Kept(TorchDispatchMode):
-    """The storages that operators make and that are there still: autograd's, and what a checkpoint keeps by itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
-            self.made[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-        return out
-
-    def count(self, model: nn.Module) -> int:
-        own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-        return sum(n for at, (storage, n) in self.made.items() if at not in own and not storage.expired())
-
-
 def test_cmt_s_keeps_at_most_55_percent_of_what_the_authors_code_does():
     model = timm.create_model("cmt_s", recompute_act=True).train()
     authors = 257_064_504  # bytes of one image that benchmarks/memory.py counts
-    with Kept() as kept:
-        out = model(images(1, height=224, width=224))  # noqa: F841 (the graph is there as long as this)
-        assert kept.count(model) <= 0.55 * authors
+    assert count_kept(model, images(1, height=224, width=224)) <= 0.55 * authors

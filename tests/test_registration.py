@@ -171,7 +171,9 @@ def test_any_file_of_the_package_can_be_imported_first(forks):
         import timm
         print(module, *sorted(timm.list_models("cmt*")))
     """
-    assert said(forks.run(PURGE + textwrap.dedent(code))).splitlines() == [f"{name} {FIVE}" for name in modules]
+    for name, line in zip(modules, said(forks.run(PURGE + textwrap.dedent(code))).splitlines(), strict=True):
+        # The ablations are there where their file is imported, and nowhere else.
+        assert line == f"{name} {FIVE}" or (name == "timm_cmt.ablation" and set(FIVE.split()) < set(line.split()))
 
 
 # ---- beside other import hooks

@@ -105,7 +105,7 @@ def measure(coco: COCO, outputs: list[dict[str, Tensor]], kind: str) -> None:
                 mask = (output["masks"][i, 0] > 0.5).numpy().astype(np.uint8)
                 result["segmentation"] = coco_mask.encode(np.asfortranarray(mask))
             results.append(result)
-    evaluation = COCOeval(coco, coco.loadRes(results), kind)
+    evaluation = COCOeval(coco, coco.loadRes(results) if results else COCO(), kind)  # loadRes takes no empty list
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
