@@ -139,6 +139,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of timm-cmt, timm and torch")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     a_model = "one of timm.list_models('cmt*'), such as cmt_s"
+    a_size = "size of the images: one number, or height and width as 224x320"
 
     demo = commands.add_parser(
         "demo",
@@ -212,6 +213,16 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     conversion.set_defaults(run=_run_convert, module="convert")
 
+    prediction = commands.add_parser(
+        "predict",
+        help="print what a model sees in pictures",
+        description="Print the five likeliest classes of each picture, which is prepared as timm does it.",
+    )
+    _add_source(prediction)
+    prediction.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="pictures")
+    prediction.add_argument("--size", type=_height_and_width, metavar="PIXELS", help=f"{a_size} (default: the model's)")
+    prediction.set_defaults(run=_run_predict, module="predict")
+
     publication = commands.add_parser(
         "publish",
         help="upload the authors' release to the Hugging Face Hub",
@@ -273,6 +284,34 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     configs.set_defaults(run=_run_hub_configs, module="cards")
     return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    """What `open_model` takes."""
+    parser.add_argument(
+        "source", metavar="MODEL", help="cmt_s and such, hf-hub:ORG/NAME, a folder of `timm-cmt convert`, a checkpoint"
+    )
+    parser.add_argument("--model", type=_model, help="which model a checkpoint is of, where it does not say it")
+    parser.add_argument(
+        "--model-kwargs", nargs="*", action=_ParseKwargs, metavar="NAME=VALUE", help="arguments it was built with"
+    )
+
+
+def _run_predict(args: argparse.Namespace) -> None:
+    from .opened import open_model
+    from .predict import BadPicture, predict
+
+    model, labels = open_model(args.source, dict(model=args.model, model_kwargs=args.model_kwargs))
+    status = 0
+    for path in args.images:
+        try:
+            best = predict(model, labels, path, args.size)
+        except BadPicture as err:  # the others are still of use
+            status = _fail(str(err))
+            continue
+        print(path, *(f"{100 * probability:7.2f} %  {name}" for name, probability in best), sep="\n", flush=True)
+    if status:
+        sys.exit(status)
 
 
 def _run_convert(args: argparse.Namespace) -> None:
