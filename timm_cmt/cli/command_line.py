@@ -213,6 +213,27 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     conversion.set_defaults(run=_run_convert, module="convert")
 
+    exportation = commands.add_parser(
+        "export",
+        help="write a model as a file for torch.export, ONNX or OpenVINO",
+        description="Fold a model and write it for another program, for any number of images. The file says how its "
+        "images are prepared and what its classes are called. It is run and compared with the model before it gets "
+        "its name.",
+    )
+    _add_source(exportation)
+    exportation.add_argument("--to", required=True, choices=["torch", "onnx", "openvino"], help="format of the file")
+    exportation.add_argument("--out", type=Path, required=True, metavar="FILE", help=".pt2, .onnx or .xml to write")
+    exportation.add_argument(
+        "--size", type=_height_and_width, metavar="PIXELS", help=f"{a_size} (default: the model's)"
+    )
+    exportation.add_argument(
+        "--dynamic-size", action="store_true", help="take images of any size; this takes a minute of computation"
+    )
+    exportation.add_argument(
+        "--images", type=Path, nargs="+", default=[], metavar="IMAGE", help="pictures to compare on (default: random)"
+    )
+    exportation.set_defaults(run=_run_export, module="export")
+
     prediction = commands.add_parser(
         "predict",
         help="print what a model sees in pictures",
@@ -312,6 +333,17 @@ def _run_predict(args: argparse.Namespace) -> None:
         print(path, *(f"{100 * probability:7.2f} %  {name}" for name, probability in best), sep="\n", flush=True)
     if status:
         sys.exit(status)
+
+
+def _run_export(args: argparse.Namespace) -> None:
+    from .export import export
+    from .opened import open_model
+
+    model, labels = open_model(args.source, dict(model=args.model, model_kwargs=args.model_kwargs))
+    if args.size:
+        model.set_input_size(args.size)
+    print(export(model, labels, args.out, args.to, args.dynamic_size, args.images))
+    print(args.out)
 
 
 def _run_convert(args: argparse.Namespace) -> None:
