@@ -19,7 +19,7 @@ from PIL import Image
 from timm_cmt.cli import demo, main
 from timm_cmt.cli.demo import write_digits
 
-COMMANDS = ["demo", "plot-bias", "convert", "publish", "recipe", "cost", "hub-configs"]
+COMMANDS = ["demo", "plot-bias", "convert", "export", "predict", "publish", "recipe", "cost", "hub-configs"]
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess:

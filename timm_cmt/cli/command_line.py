@@ -139,6 +139,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of timm-cmt, timm and torch")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     a_model = "one of timm.list_models('cmt*'), such as cmt_s"
+    a_size = "size of the images: one number, or height and width as 224x320"
 
     demo = commands.add_parser(
         "demo",
@@ -212,6 +213,37 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     conversion.set_defaults(run=_run_convert, module="convert")
 
+    exportation = commands.add_parser(
+        "export",
+        help="write a model as a file for torch.export, ONNX or OpenVINO",
+        description="Fold a model and write it for another program, for any number of images. The file says how its "
+        "images are prepared and what its classes are called. It is run and compared with the model before it gets "
+        "its name.",
+    )
+    _add_source(exportation)
+    exportation.add_argument("--to", required=True, choices=["torch", "onnx", "openvino"], help="format of the file")
+    exportation.add_argument("--out", type=Path, required=True, metavar="FILE", help=".pt2, .onnx or .xml to write")
+    exportation.add_argument(
+        "--size", type=_height_and_width, metavar="PIXELS", help=f"{a_size} (default: the model's)"
+    )
+    exportation.add_argument(
+        "--dynamic-size", action="store_true", help="take images of any size; this takes a minute of computation"
+    )
+    exportation.add_argument(
+        "--images", type=Path, nargs="+", default=[], metavar="IMAGE", help="pictures to compare on (default: random)"
+    )
+    exportation.set_defaults(run=_run_export, module="export")
+
+    prediction = commands.add_parser(
+        "predict",
+        help="print what a model sees in pictures",
+        description="Print the five likeliest classes of each picture, which is prepared as timm does it.",
+    )
+    _add_source(prediction)
+    prediction.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="pictures")
+    prediction.add_argument("--size", type=_height_and_width, metavar="PIXELS", help=f"{a_size} (default: the model's)")
+    prediction.set_defaults(run=_run_predict, module="predict")
+
     publication = commands.add_parser(
         "publish",
         help="upload the authors' release to the Hugging Face Hub",
@@ -273,6 +305,45 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     configs.set_defaults(run=_run_hub_configs, module="cards")
     return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    """What `open_model` takes."""
+    parser.add_argument(
+        "source", metavar="MODEL", help="cmt_s and such, hf-hub:ORG/NAME, a folder of `timm-cmt convert`, a checkpoint"
+    )
+    parser.add_argument("--model", type=_model, help="which model a checkpoint is of, where it does not say it")
+    parser.add_argument(
+        "--model-kwargs", nargs="*", action=_ParseKwargs, metavar="NAME=VALUE", help="arguments it was built with"
+    )
+
+
+def _run_predict(args: argparse.Namespace) -> None:
+    from .opened import open_model
+    from .predict import BadPicture, predict
+
+    model, labels = open_model(args.source, dict(model=args.model, model_kwargs=args.model_kwargs))
+    status = 0
+    for path in args.images:
+        try:
+            best = predict(model, labels, path, args.size)
+        except BadPicture as err:  # the others are still of use
+            status = _fail(str(err))
+            continue
+        print(path, *(f"{100 * probability:7.2f} %  {name}" for name, probability in best), sep="\n", flush=True)
+    if status:
+        sys.exit(status)
+
+
+def _run_export(args: argparse.Namespace) -> None:
+    from .export import export
+    from .opened import open_model
+
+    model, labels = open_model(args.source, dict(model=args.model, model_kwargs=args.model_kwargs))
+    if args.size:
+        model.set_input_size(args.size)
+    print(export(model, labels, args.out, args.to, args.dynamic_size, args.images))
+    print(args.out)
 
 
 def _run_convert(args: argparse.Namespace) -> None:

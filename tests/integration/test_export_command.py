@@ -1,0 +1,136 @@
+"""timm-cmt export: each file, read by the program that it is for, gives what the model gives and says what it is."""
+
+import importlib.util
+import json
+import os
+import sys
+
+import pytest
+import timm
+import torch
+from common import images
+from PIL import Image
+from torch import Tensor
+
+from timm_cmt.cli import export, main
+from timm_cmt.cli.convert import convert
+
+NAMES = ["cat", 'dog, a "good" one', "é"]
+FORMATS = export.FORMATS
+OLD = torch.__version__.startswith("2.6.")
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """The folder of a model with names for its classes, and a picture."""
+    folder = tmp_path_factory.mktemp("desk")
+    torch.manual_seed(0)
+    model = timm.create_model("cmt_ti", img_size=64, num_classes=3, depths=(1, 1, 1, 1))
+    torch.save(model.state_dict(), folder / "own.pth")
+    (folder / "names.txt").write_text("\n".join(NAMES), encoding="utf-8")
+    given = dict(model="cmt_ti", model_kwargs=dict(depths=(1, 1, 1, 1)), mean=[0.4], crop_pct=0.9)
+    convert(folder / "own.pth", folder / "mine", given, labels=folder / "names.txt")
+    Image.effect_mandelbrot((96, 80), (-2, -1, 1, 1), 50).convert("RGB").save(folder / "image.png")
+    return folder
+
+
+def need(to: str) -> None:
+    for package in FORMATS[to][1]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"NOT TESTED: export --to {to}; pip install {' '.join(FORMATS[to][1])}")
+    if to == "onnx" and OLD:
+        pytest.skip("NOT TESTED: export --to onnx with torch 2.6, whose exporter knows no BatchNorm")
+
+
+def infer(to: str, path, x: Tensor) -> tuple[Tensor, dict[str, str]]:
+    """What the file gives, and what it says of itself; by nothing of this package."""
+    if to == "torch":
+        extra = dict.fromkeys(["labels", "mean", "crop_pct", "input_size"], "")
+        program = torch.export.load(path, extra_files=extra)
+        return program.module()(x), extra
+    if to == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(["logits"], dict(x=x.numpy()))[0]), (
+            session.get_modelmeta().custom_metadata_map
+        )
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    facts = {
+        key: model.get_rt_info(["model_info", key]).astype(str) for key in ("labels", "mean", "crop_pct", "input_size")
+    }
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return torch.from_numpy(compiled(x.numpy())[0]), facts
+
+
+def assert_agrees(to: str, path, desk, sizes) -> dict[str, str]:
+    model = timm.create_model(f"local-dir:{desk / 'mine'}", pretrained=True).eval()
+    for batch, size in enumerate(sizes, 1):
+        x = images(batch, 3, *size)
+        with torch.no_grad():
+            expected = model(x)
+            actual, facts = infer(to, path, x)
+        assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+    return facts
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_the_file_gives_what_the_model_gives_and_says_how_to_use_it(to, desk, tmp_path, capsys):
+    need(to)
+    out = tmp_path / f"model{FORMATS[to][0]}"
+    assert main(["export", str(desk / "mine"), "--to", to, "--out", str(out), "--images", str(desk / "image.png")]) == 0
+    printed = capsys.readouterr()
+    assert "largest difference to the model: " in printed.out
+    assert "on the pictures given at 64 x 64 pixels" in printed.out
+    assert {path.stem for path in tmp_path.iterdir()} == {"model"}
+    facts = assert_agrees(to, out, desk, [(64, 64)] * 3)
+    facts = {key: json.loads(facts[key]) for key in ("labels", "mean", "crop_pct", "input_size")}
+    assert facts == dict(labels=NAMES, mean=[0.4] * 3, crop_pct=0.9, input_size=[3, 64, 64])
+
+
+SIZES = [(64, 64), (96, 64), (97, 161), (224, 224), (800, 1333)]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.skipif(
+    not os.environ.get("TIMM_CMT_EXPORTS"),
+    reason="NOT TESTED: export --dynamic-size, a minute each; set TIMM_CMT_EXPORTS=1",
+)
+def test_a_file_for_any_size_gives_what_the_model_gives(to, desk, tmp_path):
+    need(to)
+    out = tmp_path / f"model{FORMATS[to][0]}"
+    assert main(["export", str(desk / "mine"), "--to", to, "--out", str(out), "--dynamic-size"]) == 0
+    assert_agrees(to, out, desk, SIZES if to == "torch" else [*SIZES, (32, 32), (33, 47)])
+
+
+# ---- what can go wrong
+
+
+def fail(capsys, *arguments) -> str:
+    assert main(["export", *map(str, arguments)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("timm-cmt: error: ")
+    return error
+
+
+def test_a_missing_exporter_is_one_line_with_the_command(desk, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    error = fail(capsys, desk / "mine", "--to", "openvino", "--out", tmp_path / "m.xml")
+    assert error.endswith("--to openvino needs what is not installed; pip install openvino")
+
+
+def test_another_suffix_and_a_file_that_is_there_are_refused(desk, tmp_path, capsys):
+    assert f"give {tmp_path / 'm.pt2'}" in fail(capsys, desk / "mine", "--to", "torch", "--out", tmp_path / "m.onnx")
+    (tmp_path / "m.pt2").touch()
+    assert "is there already" in fail(capsys, desk / "mine", "--to", "torch", "--out", tmp_path / "m.pt2")
+
+
+def test_a_file_that_differs_from_the_model_is_not_kept(desk, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "_trace", lambda *_: None)
+    monkeypatch.setitem(export.WRITERS, "torch", lambda *_: lambda x: torch.zeros(len(x), 3))
+    error = fail(capsys, desk / "mine", "--to", "torch", "--out", tmp_path / "m.pt2")
+    assert "differs from the model by 1.0e+00 of its largest output at 64 x 64 pixels" in error
+    assert not list(tmp_path.iterdir())

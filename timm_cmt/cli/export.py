@@ -1,0 +1,223 @@
+"""A model as a file for another program, as ``timm-cmt export`` writes it.
+
+torch, ONNX's exporter and OpenVINO do the work. Here are the settings that CMT needs, what a user of the file has to
+know of the model, and a check of the written file.
+"""
+
+import importlib.util
+import inspect
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from tqdm import tqdm
+
+from .. import __version__
+from ..cmt import CMT, MIN_SIZE
+from .models import get_cfg
+from .predict import read_picture
+
+__all__ = ["FORMATS", "export"]
+
+FORMATS = {  # what the file's name ends in, and the packages that write and run it
+    "torch": (".pt2", []),
+    "onnx": (".onnx", ["onnx", "onnxscript", "onnxruntime"]),
+    "openvino": (".xml", ["openvino"]),
+}
+TOLERANCE = 1e-4  # of the largest output
+LARGEST = 4096  # pixels a side, and images in a batch 1024: torch needs bounds
+SMALLEST_IN_TORCH = 64  # torch's own program of any size refuses less
+
+Run = Callable[[Tensor], Tensor]
+
+
+def export(
+    model: CMT,
+    labels: Sequence[str],
+    out: Path,
+    to: str,
+    dynamic_size: bool = False,
+    images: Sequence[Path] = (),
+) -> str:
+    """Write a model, folded, for any number of images, and compare what was written with the model before it gets its
+    name.
+
+    Args:
+        model: The model, for inference; the file is for its input size. It stays as it is.
+        labels: The names of its classes; [] if unknown.
+        out: The file to write. OpenVINO's weights go beside it.
+        to: One of FORMATS.
+        dynamic_size: Let the file take images of any size, by resizing the position bias in it.
+        images: Pictures to compare on; random ones if there are none.
+
+    Returns:
+        A sentence: the largest difference, and on what.
+
+    Raises:
+        FileExistsError: There is such a file already.
+        ValueError: The name does not end as that format's do, or what is no picture is given.
+        RuntimeError: The exporter is not installed, or fails, or the file does not give what the model gives.
+    """
+    files = _list_files(out, to)
+    _require(to, dynamic_size)
+    cfg = get_cfg(model)
+    folded = reparameterize_model(model.eval())
+    facts = {
+        "model": cfg["architecture"],
+        "labels": list(labels),
+        **{key: cfg[key] for key in ("input_size", "mean", "std", "crop_pct", "interpolation")},
+        "dynamic_size": dynamic_size,
+        "written_by": f"timm-cmt {__version__}, timm {timm.__version__}, torch {torch.__version__}",
+    }
+    batches = list(_make_batches(model, to, dynamic_size, images))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work,
+        tqdm(total=2 + len(batches), unit="step", desc="torch.export") as bar,
+        _quiet(),
+        torch.no_grad(),
+    ):
+        try:
+            program = _trace(folded, cfg["input_size"], dynamic_size)
+            bar.update()
+            bar.set_description(f"writing for {to}")
+            run = WRITERS[to](program, Path(work) / out.name, {key: json.dumps(value) for key, value in facts.items()})
+        except Exception as err:  # each exporter has errors of its own
+            reason = next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
+            raise RuntimeError(f"the exporter for {to} failed ({reason}); try another version of it") from None
+        bar.update()
+        largest = 0.0
+        for x in batches:
+            bar.set_description(f"comparing at {_to_text(x)}")
+            expected = model(x)
+            difference = (run(x) - expected).abs().max() / expected.abs().max()
+            if not difference <= TOLERANCE:  # nor not-a-number
+                raise RuntimeError(
+                    f"the file for {to} differs from the model by {difference:.1e} of its largest output at "
+                    f"{_to_text(x)} pixels, so it is removed; try other versions of the exporter, or report this"
+                )
+            largest = max(largest, difference.item())
+            bar.update()
+        for name in reversed(files):  # the file that is opened comes last
+            (Path(work) / name.name).rename(name)
+    sizes = ", ".join(dict.fromkeys(map(_to_text, batches)))
+    what = "the pictures given" if images else "random pictures"
+    return f"largest difference to the model: {largest:.1e} of its largest output, on {what} at {sizes} pixels"
+
+
+def _list_files(out: Path, to: str) -> list[Path]:
+    suffix = FORMATS[to][0]
+    if out.suffix != suffix:
+        raise ValueError(f"{out} is no name of a file for {to}; give {out.with_suffix(suffix)}")
+    files = [out, out.with_suffix(".bin")] if to == "openvino" else [out]
+    for file in files:
+        if file.exists():
+            raise FileExistsError(f"{file} is there already; name another file, or remove it")
+    return files
+
+
+def _require(to: str, dynamic_size: bool) -> None:
+    missing = [name for name in FORMATS[to][1] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f"--to {to} needs what is not installed; pip install {' '.join(missing)}")
+    if to == "onnx" and torch.__version__.startswith("2.6."):
+        raise RuntimeError("--to onnx needs torch 2.7 or newer, whose exporter knows BatchNorm")
+    if (
+        dynamic_size
+        and "prefer_deferred_runtime_asserts_over_guards" not in inspect.signature(torch.export.export).parameters
+    ):
+        raise RuntimeError(f"--dynamic-size needs a newer torch than {torch.__version__}; pip install --upgrade torch")
+
+
+def _make_batches(model: CMT, to: str, dynamic_size: bool, images: Sequence[Path]) -> Iterator[Tensor]:
+    """-> [B, C, H, W] with one image and with three, or each picture; at several sizes if the file takes them."""
+    channels, height, width = get_cfg(model)["input_size"]
+    sizes = [(height, width)]
+    if dynamic_size:
+        least = SMALLEST_IN_TORCH if to == "torch" else MIN_SIZE
+        sizes += [(least, least), (97, 161), (height + 32, width)]
+    random = torch.Generator().manual_seed(0)
+    for size in sizes:
+        if images:
+            yield from (read_picture(model, path, size)[None] for path in images)
+        else:
+            for batch in (1, 3) if size == sizes[0] else (1,):
+                yield torch.randn(batch, channels, *size, generator=random)
+
+
+def _trace(model: nn.Module, input_size: Sequence[int], dynamic_size: bool) -> ExportedProgram:
+    x = torch.zeros(2, *input_size)  # of one image torch would conclude that there is always one
+    shape, options = {0: Dim("batch", min=1, max=1024)}, dict[str, Any]()
+    if dynamic_size:
+        shape[2] = Dim("height", min=SMALLEST_IN_TORCH, max=LARGEST)
+        shape[3] = Dim("width", min=SMALLEST_IN_TORCH, max=LARGEST)
+        options["prefer_deferred_runtime_asserts_over_guards"] = True
+    return torch.export.export(model, (x,), dynamic_shapes=(shape,), **options)
+
+
+def _write_torch(program: ExportedProgram, path: Path, facts: dict[str, str]) -> Run:
+    torch.export.save(program, path, extra_files=facts)
+    return torch.export.load(path).module()
+
+
+def _write_onnx(program: ExportedProgram, path: Path, facts: dict[str, str]) -> Run:
+    import onnxruntime
+
+    _save_onnx(program, path, facts)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def _save_onnx(program: ExportedProgram, path: Path, facts: dict[str, str]) -> None:
+    names: Any = dict(input_names=["x"], output_names=["logits"])
+    exported = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)
+    if exported is None:
+        raise RuntimeError(f"torch {torch.__version__} wrote no ONNX; pip install --upgrade torch onnxscript")
+    exported.model.metadata_props.update(facts)
+    exported.save(path, external_data=False)
+
+
+def _write_openvino(program: ExportedProgram, path: Path, facts: dict[str, str]) -> Run:
+    import openvino
+
+    converted = openvino.convert_model(program)
+    for key, value in facts.items():
+        converted.set_rt_info(value, ["model_info", key])
+    openvino.save_model(converted, path, compress_to_fp16=False)
+    # Not the default, which is bfloat16 on some processors.
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0])
+
+
+WRITERS: dict[str, Callable[[ExportedProgram, Path, dict[str, str]], Run]] = {
+    "torch": _write_torch,
+    "onnx": _write_onnx,
+    "openvino": _write_openvino,
+}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters warn of their own future; what matters here is the comparison."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _to_text(x: Tensor) -> str:
+    return f"{x.shape[-2]} x {x.shape[-1]}"
