@@ -176,6 +176,13 @@ def test_any_file_of_the_package_can_be_imported_first(forks):
         assert line == f"{name} {FIVE}" or (name == "timm_cmt.ablation" and set(FIVE.split()) < set(line.split()))
 
 
+def test_the_ablations_are_there_once_their_file_is_imported(forks):
+    code = "import timm; before = len(timm.list_models('cmt*')); import timm_cmt.ablation; " + SHOW + "; print(before)"
+    steps = ["", "_stem", "_lpu", "_lpu_noskip", "_irffn", "_irffn_noskip"]
+    ablations = [*(f"cmt_s_4stage{step}" for step in steps), "cmt_s_layernorm", "cmt_s_batchnorm"]
+    assert said(forks.run(code)).split() == [*sorted([*FIVE.split(), *ablations]), "5"]
+
+
 # ---- beside other import hooks
 
 # A finder that finds a package by itself, as jaxtyping's hook does, in front of all others.
