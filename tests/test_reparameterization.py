@@ -65,7 +65,7 @@ def test_folding_twice_changes_nothing():
     assert before.keys() == again.keys() and all(torch.equal(before[key], again[key]) for key in before)
 
 
-def test_a_folded_model_saves_loads_scripts_and_compiles():
+def test_a_folded_model_saves_loads_and_scripts():  # integration/test_any_size_compiled.py compiles and exports it
     model = make("cmt_ti")
     folded = reparameterize_model(model)
     buffer = io.BytesIO()
@@ -73,11 +73,9 @@ def test_a_folded_model_saves_loads_scripts_and_compiles():
     buffer.seek(0)
     other = reparameterize_model(make("cmt_ti", seed=1))
     other.load_state_dict(torch.load(buffer, weights_only=True))
-    torch.compiler.reset()
-    compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         expected = model(images())
-        for run in (other, torch.jit.script(folded), compiled, torch.export.export(folded, (images(),)).module()):
+        for run in (other, torch.jit.script(folded)):
             torch.testing.assert_close(run(images()), expected, rtol=1e-4, atol=1e-4)
 
 

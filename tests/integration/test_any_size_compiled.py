@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from common import RESIZES, images
+from timm.utils import reparameterize_model
 from torch import nn
 
 BUILT = 64
@@ -54,6 +55,16 @@ def test_compiled_with_sizes_that_torch_makes_symbolic(training):
                 output.square().sum().backward()
             for (name, a), b in zip(stage.named_parameters(), other.parameters()):
                 assert (a.grad - b.grad).norm() <= 1e-3 * b.grad.norm() + 1e-3, name
+
+
+def test_a_folded_model_compiles_and_exports():
+    model = make(depths=(1, 1, 1, 1))
+    folded = reparameterize_model(model)
+    torch.compiler.reset()
+    compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for run in (compiled, torch.export.export(folded, (images(),)).module()):
+            torch.testing.assert_close(run(images()), model(images()), rtol=1e-4, atol=1e-4)
 
 
 def onnx_operators(path) -> set[str]:
