@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from memory import find_saved, read_status
+from memory import find_saved, measure_peak
 from throughput import describe
 from tqdm import tqdm
 
@@ -61,16 +61,7 @@ def measure(name: str, way: str, size: tuple[int, int], batch: int, device: str)
         if device == "cuda":
             torch.cuda.synchronize()
 
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is resident
-        before = read_status("VmRSS")
-        step()
-        peak = read_status("VmHWM") - before
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        peak = torch.cuda.max_memory_allocated() - before
+    peak = measure_peak(step, device)
     start = time.perf_counter()
     step()
     seconds = time.perf_counter() - start

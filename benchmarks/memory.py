@@ -9,6 +9,7 @@ Run: python benchmarks/memory.py [--models authors:cmt_s cmt_s ...] [--authors p
 import argparse
 import json
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -85,18 +86,22 @@ def measure(name: str, way: str, authors: Path | None, batch: int, dtype: str, d
         if model.training:
             out.backward()
 
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is resident
-        before = read_status("VmRSS")
-        step()
-        peak = read_status("VmHWM") - before
-    else:
+    peak = measure_peak(step, device)
+    with autocast(), torch.set_grad_enabled(model.training):
+        return sum(find_saved(model, x).values()) / 2**20, peak / 2**20
+
+
+def measure_peak(step: Callable[[], None], device: str) -> int:
+    """Bytes of a step's peak over what was there before."""
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        peak = torch.cuda.max_memory_allocated() - before
-    with autocast(), torch.set_grad_enabled(model.training):
-        return sum(find_saved(model, x).values()) / 2**20, peak / 2**20
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from what is resident
+    before = read_status("VmRSS")
+    step()
+    return read_status("VmHWM") - before
 
 
 def read_status(key: str) -> int:

@@ -152,8 +152,7 @@ def adapt(
     for name, module in model.named_modules():
         if isinstance(module, (ActNormConv, ConvNorm)):  # here too, before anything is copied
             refuse_other_kind(module, tensors, _common_name(f"{name}."))
-    for name, module in model.named_modules():
-        if isinstance(module, RelPosBias):
+        elif isinstance(module, RelPosBias):
             old = module.resize_in(tensors, _common_name(f"{name}."))
             if old not in (None, module.query_size) and _common_name(name).startswith("stages.0."):
                 sides = [4 * side for side in (*old, *module.query_size)]  # the first stage lies at stride 4

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.layers import set_fused_attn, use_fused_attn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..cmt import CMT, VARIANTS, get_grid_sizes
@@ -74,9 +74,7 @@ def count_cost(name: str, img_size: tuple[int, int]) -> list[Cost]:
     with _plain_attention():
         model = create_cmt(name, img_size=img_size, device="meta").eval()
     x = torch.empty(1, 3, *img_size, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x)
-    flops = {module.partition(".")[2]: sum(counts.values()) for module, counts in counter.get_flop_counts().items()}
+    flops = {module.partition(".")[2]: sum(counts.values()) for module, counts in _count_flops(model, x).items()}
     kept = _count_kept(model.train(), x)
 
     def count(part: str, *names: str, tokens: int | None = None, formula: float | None = None) -> Cost:
@@ -93,6 +91,13 @@ def count_cost(name: str, img_size: tuple[int, int]) -> list[Cost]:
         costs.append(count(f"stage {i + 1}", f"stages.{i}", tokens=n, formula=formula))
     whole = count("all", *kept, formula=sum(cost.formula or 0 for cost in costs))
     return [count("stem", "stem"), *costs, count("head", *HEAD), whole]
+
+
+def _count_flops(model: nn.Module, x: Tensor) -> dict[str, dict[Any, int]]:
+    """Module -> operator -> multiplications and additions."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_flop_counts()
 
 
 @contextmanager
@@ -180,7 +185,5 @@ def _count_products(name: str, size: int) -> tuple[float, float]:
     """Multiply-adds of a model, and those of products of two activations."""
     with _plain_attention():
         model = timm.create_model(name, img_size=size, device="meta").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, size, size, device="meta"))
-    counts = counter.get_flop_counts()["Global"]
+    counts = _count_flops(model, torch.empty(1, 3, size, size, device="meta"))["Global"]
     return sum(counts.values()) / 2, sum(value for op, value in counts.items() if "bmm" in str(op)) / 2
