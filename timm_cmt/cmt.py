@@ -195,8 +195,8 @@ class LightweightAttention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         B, C, H, W = x.shape
         heads, d = self.num_heads, self.head_dim
-        q = self.q(x.flatten(2).transpose(1, 2))  # [B, N, C]
-        kv = self.kv(self.sr(x).flatten(2).transpose(1, 2))  # [B, M, 2 * C]
+        q = self.q(x.permute(0, 2, 3, 1).flatten(1, 2))  # [B, N, C]
+        kv = self.kv(self.sr(x).permute(0, 2, 3, 1).flatten(1, 2))  # [B, M, 2 * C]
         q = q.reshape(B, q.shape[1], heads, d).transpose(1, 2)  # [B, heads, N, d]
         k = kv[..., : heads * d].reshape(B, kv.shape[1], heads, d).transpose(1, 2)  # [B, heads, M, d]
         v = kv[..., heads * d :].reshape(B, kv.shape[1], heads, d).transpose(1, 2)
@@ -208,7 +208,7 @@ class LightweightAttention(nn.Module):
             attn = (q * self.scale) @ k.transpose(-2, -1) + bias
             x = self.attn_drop(attn.softmax(dim=-1)) @ v
         x = self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # [B, N, C]
-        return x.transpose(1, 2).reshape(B, C, H, W)
+        return x.reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class InvertedResidualFFN(nn.Module):

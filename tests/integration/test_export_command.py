@@ -91,6 +91,32 @@ def test_the_file_gives_what_the_model_gives_and_says_how_to_use_it(to, desk, tm
     assert facts == dict(labels=NAMES, mean=[0.4] * 3, crop_pct=0.9, input_size=[3, 64, 64])
 
 
+def test_onnxruntime_is_left_with_the_transposes_that_attention_needs(desk, tmp_path):
+    need("onnx")
+    import onnx
+    import onnxruntime
+
+    assert main(["export", str(desk / "mine"), "--to", "onnx", "--out", str(tmp_path / "model.onnx")]) == 0
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    nodes = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert nodes.count("LayerNormalization") == 4 * 3
+    # Of q, k, v and what comes out of attention, two of the sum after it, and six in all where 46 channels are no 16s.
+    assert nodes.count("Transpose") <= 4 * 6 + 6
+    assert "Slice" not in nodes  # no arithmetic on sizes
+
+
+def test_openvino_runs_each_layernorm_by_its_own_kernel(desk, tmp_path):
+    need("openvino")
+    import openvino
+
+    assert main(["export", str(desk / "mine"), "--to", "openvino", "--out", str(tmp_path / "model.xml")]) == 0
+    compiled = openvino.Core().compile_model(tmp_path / "model.xml", "CPU")
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
+    assert kinds.count("MVN") == 4 * 3
+
+
 SIZES = [(64, 64), (96, 64), (97, 161), (224, 224), (800, 1333)]
 
 

@@ -17,13 +17,14 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import LayerNorm2d
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from tqdm import tqdm
 
 from .. import __version__
-from ..cmt import CMT, MIN_SIZE
+from ..cmt import CMT, MIN_SIZE, LightweightAttention
 from .models import get_cfg
 from .predict import read_picture
 
@@ -72,6 +73,7 @@ def export(
     _require(to, dynamic_size)
     cfg = get_cfg(model)
     folded = reparameterize_model(model.eval())
+    _suit(folded, to)
     facts = {
         "model": cfg["architecture"],
         "labels": list(labels),
@@ -165,6 +167,30 @@ def _trace(model: nn.Module, input_size: Sequence[int], dynamic_size: bool) -> E
     return torch.export.export(model, (x,), dynamic_shapes=(shape,), **options)
 
 
+class _TokenNorm(nn.Module):
+    """timm's LayerNorm2d, by way of [B, H * W, C]. OpenVINO has a kernel for that, and none for [B, H, W, C]."""
+
+    def __init__(self, norm: LayerNorm2d):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        x = nn.LayerNorm.forward(self.norm, x.permute(0, 2, 3, 1).flatten(1, 2))
+        return x.reshape(B, H, W, C).permute(0, 3, 1, 2)
+
+
+def _suit(model: nn.Module, to: str) -> None:
+    """Change layers of a model to such as are faster there."""
+    for module in list(model.modules()):
+        if to == "onnx" and isinstance(module, LightweightAttention):
+            # With any number of images, torch's fused attention is written with one transpose more.
+            module.fused_attn = False  # type: ignore[misc]  # it is final for TorchScript
+        for name, child in module.named_children():
+            if to == "openvino" and type(child) is LayerNorm2d:
+                setattr(module, name, _TokenNorm(child))
+
+
 def _write_torch(program: ExportedProgram, path: Path, facts: dict[str, str]) -> Run:
     torch.export.save(program, path, extra_files=facts)
     return torch.export.load(path).module()
@@ -191,6 +217,8 @@ def _write_openvino(program: ExportedProgram, path: Path, facts: dict[str, str])
     import openvino
 
     converted = openvino.convert_model(program)
+    x = next(node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    converted.reshape([side if type(side) is int else -1 for side in x.shape])  # the sizes that are known
     for key, value in facts.items():
         converted.set_rt_info(value, ["model_info", key])
     openvino.save_model(converted, path, compress_to_fp16=False)
