@@ -92,7 +92,7 @@ def publish(hub, converted, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(
-        "timm_cmt.cli.publish.convert_release", lambda _, out, org: shutil.copytree(converted, out) and None
+        "timm_cmt.cli.publish.convert_release", lambda _, out, **more: shutil.copytree(converted, out) and None
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     sleep = time.sleep  # the client would wait for 20 s between its attempts

@@ -3,6 +3,9 @@
 gradio makes the page and serves it. The page may be open to strangers, so all that they can send is bounded.
 """
 
+import os
+import socket
+import tempfile
 import threading
 import time
 import warnings
@@ -42,30 +45,37 @@ def run_app(model: CMT, labels: list[str], host: str = "127.0.0.1", port: int | 
         port: The port; None for the first free one from 7860 on.
 
     Raises:
-        OSError: The port is not free.
-        ValueError: The model has no classifier, or takes no pictures.
+        ValueError: One cannot listen there, or the model has no classifier or takes no pictures.
     """
+    try:
+        socket.create_server((host, port or 0)).close()
+    except (OSError, OverflowError) as err:  # gradio would say less
+        reason = getattr(err, "strerror", None) or err
+        where = f"{host}, port {port}" if port else host
+        raise ValueError(f"one cannot listen on {where} ({reason}); name another by --host and --port") from None
     # Pillow refuses pictures of more than twice as many pixels as this, and warns of those in between.
     Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 1_000_000 // 2
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    page = make_page(model, labels)
-    _, url, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        max_file_size=f"{MAX_MEGABYTES}mb",
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        prevent_thread_lock=True,
-        quiet=True,
-    )
-    print(f"{url} (Ctrl-C ends it)", flush=True)
-    try:
-        threading.Event().wait()
-    finally:
-        page.close(verbose=False)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = make_page(model, labels)
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            max_file_size=f"{MAX_MEGABYTES}mb",
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            prevent_thread_lock=True,
+            quiet=True,
+        )
+        print(f"{url} (Ctrl-C ends it)", flush=True)
+        try:
+            threading.Event().wait()
+        finally:
+            page.close(verbose=False)
 
 
 def make_page(model: CMT, labels: list[str]) -> gr.Blocks:

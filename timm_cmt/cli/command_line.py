@@ -271,6 +271,9 @@ def _build_parser() -> argparse.ArgumentParser:
     publication.add_argument(
         "--models", nargs="+", type=_model, metavar="MODEL", help="the models (default: all that have weights)"
     )
+    publication.add_argument(
+        "--space", action="store_true", help="upload the page of `timm-cmt app` as the Space ORG/cmt, and link to it"
+    )
     publication.add_argument("--private", action="store_true", help="make new repositories private")
     publication.add_argument("--create-pr", action="store_true", help="open pull requests; nothing is recorded")
     publication.add_argument("--dry-run", action="store_true", help="convert and say what would be uploaded")
@@ -390,7 +393,7 @@ def _run_publish(args: argparse.Namespace) -> None:
     from .publish import find_record, publish
 
     models = args.models or list(TOP1)
-    publish(args.org, models, args.private, args.create_pr, args.dry_run, args.record or find_record())
+    publish(args.org, models, args.private, args.create_pr, args.dry_run, args.record or find_record(), args.space)
 
 
 def _run_recipe(args: argparse.Namespace) -> None:
