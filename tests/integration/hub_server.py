@@ -3,9 +3,10 @@
     with running_hub(tokens={"hf_test": ["me", "org"]}) as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
 
-It holds repositories of models and Spaces in memory and answers what the client needs in order to say who it is, create a repository,
-look into it, upload to it (commits, pull requests and LFS, but not Xet) and download from it. Statuses, headers and
-messages are those of huggingface.co where the client or its user sees them.
+It holds repositories of models and Spaces in memory and answers what the client needs in order to say who it is, create
+a repository, look into it, upload to it (commits, pull requests and LFS, but not Xet) and download from it. Statuses,
+headers and messages are those of huggingface.co where the client or its user sees them. A Space is called
+spaces/ORG/NAME here, as in its address.
 """
 
 import base64
@@ -191,7 +192,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.token and self.token not in self.hub.tokens:  # refused even where no token is needed
             raise HubError(401, "Invalid credentials in Authorization header")
         self.namespaces = self.hub.tokens.get(self.token, [])
-        path = path.replace("/api/spaces/", "/api/models/spaces/")  # a Space's name here is its address on the Hub
+        path = path.replace("/api/spaces/", "/api/models/spaces/")
         for pattern, name in ROUTES.items():
             if match := re.fullmatch(pattern, f"{self.command.replace('HEAD', 'GET')} {path}"):
                 if not self.token and name in ("whoami", "create_repo"):

@@ -86,12 +86,15 @@ def make_page(model: CMT, labels: list[str]) -> gr.Blocks:
     """
     check_classifier(model)
     own_size = max(get_cfg(model)["input_size"][1:])
+    largest = max(MAX_SIZE, own_size)
     # gradio shows a name once; two of ImageNet's classes are called crane
     labels = [f"{name} ({i})" if labels.count(name) > 1 else name for i, name in enumerate(labels)]
 
-    def classify(file: str | None, side: int) -> tuple[str, Any, Any, Any]:
+    def classify(file: str | None, side: int | None) -> tuple[str, Any, Any, Any]:
         if file is None:
             return "", None, None, None
+        if side is None or not MIN_SIZE <= side <= largest:
+            return f"height and width are {MIN_SIZE} to {largest} pixels, not {side}", None, None, None
         path, start = Path(file), time.perf_counter()
         try:
             x = read_picture(model, path, (side, side), FORMATS)
@@ -110,14 +113,11 @@ def make_page(model: CMT, labels: list[str]) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 file = gr.File(label=f"Picture ({', '.join(FORMATS)}; up to {MAX_MEGABYTES} MB)", height=160)
-                size = gr.Slider(
-                    MIN_SIZE,
-                    max(MAX_SIZE, own_size),
+                size = gr.Number(
                     own_size,
-                    step=1,
                     precision=0,
-                    label="Size",
-                    info=f"The picture is brought to so many pixels, each way. The model was made for {own_size}.",
+                    label="Height and width in pixels",
+                    info=f"What the picture is brought to: {MIN_SIZE} to {largest}. The model was made for {own_size}.",
                 )
                 said = gr.Textbox(show_label=False, container=False, placeholder="Drop a picture")
             answer = gr.Label(label="Answer, and what else is likely")
@@ -130,7 +130,7 @@ def make_page(model: CMT, labels: list[str]) -> gr.Blocks:
         # The field is emptied at once, so that the next picture can be dropped.
         file.upload(lambda path: (path, None), file, [dropped, file], api_visibility="private")
         gr.on(
-            [dropped.change, size.change],
+            [dropped.change, size.submit, size.blur],
             classify,
             [dropped, size],
             answers,
@@ -142,7 +142,8 @@ def make_page(model: CMT, labels: list[str]) -> gr.Blocks:
 
 
 def explain(model: CMT, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The answer to images, and where what speaks for it is: Grad-CAM on the last stage.
+    """The answer to images, and where what speaks for it is: Grad-CAM on the last stage, as the grad-cam package
+    scales it.
 
     Only the head is differentiated, so this takes hardly more time and memory than the answer alone.
 
@@ -160,6 +161,7 @@ def explain(model: CMT, x: Tensor) -> tuple[Tensor, Tensor]:
     (gradient,) = torch.autograd.grad(logits.amax(1).sum(), maps)
     heat = (gradient.mean((2, 3), keepdim=True) * maps).detach().sum(1, keepdim=True).relu()
     heat = F.interpolate(heat, x.shape[2:], mode="bilinear")[:, 0]
+    heat = heat - heat.amin((1, 2), keepdim=True)
     return logits.detach(), heat / heat.amax((1, 2), keepdim=True).clamp_min(1e-7)
 
 

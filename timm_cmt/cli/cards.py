@@ -17,7 +17,17 @@ from .. import __version__
 from ..cmt import CMT
 from .models import create_cmt, get_cfg
 
-__all__ = ["TAG", "TOP1", "make_card", "make_config", "make_plain_card", "write_hub_configs", "write_json", "write_space"]
+__all__ = [
+    "SPACE",
+    "TAG",
+    "TOP1",
+    "make_card",
+    "make_config",
+    "make_plain_card",
+    "write_hub_configs",
+    "write_json",
+    "write_space",
+]
 
 TAG = "in1k"
 SPACE = "cmt"  # its name in the organisation
@@ -119,8 +129,8 @@ def make_plain_card(config: Mapping[str, Any]) -> str:
 
 
 def write_space(folder: Path, model_name: str = "cmt_s", org: str = "") -> None:
-    """Write a Space of the Hub: the page of ``timm-cmt app`` for the authors' weights of a variant, in the repository of
-    `org` where one is named.
+    """Write a Space of the Hub: the page of ``timm-cmt app`` for the authors' weights of a variant, which it loads from
+    the repository of `org` where one is named.
     """
     name = f"{model_name}.{TAG}"
     metadata = SpaceCardData(
@@ -140,8 +150,7 @@ def write_space(folder: Path, model_name: str = "cmt_s", org: str = "") -> None:
         "from timm_cmt.cli import main\n\n"
         f'raise SystemExit(main(["app", "{source}", "--host", "0.0.0.0"]))\n',
         # Spaces have no GPU unless one is paid for, and torch for CUDA takes 5 GB.
-        "requirements.txt": "--extra-index-url https://download.pytorch.org/whl/cpu\n"
-        f"timm-cmt[app]=={__version__}\n",
+        "requirements.txt": f"--extra-index-url https://download.pytorch.org/whl/cpu\ntimm-cmt[app]=={__version__}\n",
     }
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():

@@ -1,6 +1,5 @@
 """What a model sees in pictures, as ``timm-cmt predict`` prints it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,7 +55,7 @@ def list_best(logits: Tensor, labels: list[str]) -> list[tuple[str, float]]:
 
 
 def read_picture(
-    model: CMT, path: Path, size: tuple[int, int] | None = None, formats: Sequence[str] | None = None
+    model: CMT, path: Path, size: tuple[int, int] | None = None, formats: tuple[str, ...] | None = None
 ) -> Tensor:
     """-> [C, H, W], a picture as timm prepares it for the model, the way up that a camera says.
 

@@ -87,19 +87,19 @@ def publish(
         commits = {}
         for repo, folder in folders.items():
             problem = f"{repo} is not published"
-            is_space = folder.name == "space"
-            kind: dict[str, Any] = dict(repo_id=repo.removeprefix("spaces/"), repo_type="space" if is_space else "model")
-            sdk = "gradio" if is_space else None
-            _ask_hub(problem, api.create_repo, **kind, space_sdk=sdk, private=private, exist_ok=True)
+            repo_id, kind = repo.removeprefix("spaces/"), "space" if folder.name == "space" else "model"
+            sdk = "gradio" if kind == "space" else None
+            _ask_hub(problem, api.create_repo, repo_id, repo_type=kind, space_sdk=sdk, private=private, exist_ok=True)
             commit = _ask_hub(
                 problem,
                 api.upload_folder,
-                **kind,
+                repo_id=repo_id,
+                repo_type=kind,
                 folder_path=folder,
                 commit_message=f"Add {folder.name}",
                 create_pr=create_pr,
             )
-            if not is_space:
+            if kind == "model":
                 commits[folder.name] = commit.oid
             print(f"{repo}@{commit.oid}" + (f", {commit.pr_url}" if create_pr else ""))
     if create_pr:
