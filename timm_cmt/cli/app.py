@@ -6,7 +6,6 @@ gradio makes the page and serves it. The page may be open to strangers, so all t
 import os
 import socket
 import tempfile
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -72,10 +71,8 @@ def run_app(model: CMT, labels: list[str], host: str = "127.0.0.1", port: int | 
             quiet=True,
         )
         print(f"{url} (Ctrl-C ends it)", flush=True)
-        try:
-            threading.Event().wait()
-        finally:
-            page.close(verbose=False)
+        while True:  # gradio's threads end with this one
+            time.sleep(3600)
 
 
 def make_page(model: CMT, labels: list[str]) -> gr.Blocks:
