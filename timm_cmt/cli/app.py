@@ -166,8 +166,8 @@ def draw(model: CMT, x: Tensor, heat: Tensor) -> tuple[Image.Image, Image.Image]
     """What the model sees, [C, H, W], and the same under the colours of its map, [H, W]."""
     data = resolve_data_config(dict(input_size=tuple(x.shape)), model=model)
     mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    picture, grey = to_pil_image((x * std + mean).clamp(0, 1)[:3]).convert("RGB"), to_pil_image(heat)
-    size = (max(picture.width, SHOWN), max(picture.height, SHOWN))
-    picture, grey = (image.resize(size, Image.Resampling.BICUBIC) for image in (picture, grey.convert("L")))
+    images = to_pil_image((x * std + mean).clamp(0, 1)[:3]).convert("RGB"), to_pil_image(heat)
+    size = (max(x.shape[2], SHOWN), max(x.shape[1], SHOWN))
+    picture, grey = (image.resize(size, Image.Resampling.BICUBIC) for image in images)
     colours = ImageOps.colorize(grey, black="navy", mid="lime", white="red")
     return picture, Image.blend(picture, colours, 0.5)
