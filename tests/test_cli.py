@@ -19,7 +19,7 @@ from PIL import Image
 from timm_cmt.cli import demo, main
 from timm_cmt.cli.demo import write_digits
 
-COMMANDS = ["demo", "plot-bias", "convert", "export", "predict", "publish", "recipe", "cost", "hub-configs"]
+COMMANDS = ["demo", "plot-bias", "convert", "export", "predict", "app", "publish", "recipe", "cost", "hub-configs"]
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
@@ -159,6 +159,9 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert "timm-cmt[demo]" in fail(capsys, "demo", "--output", str(tmp_path / "new"))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "timm_cmt.cli.app", raising=False)
+    assert "gradio is not installed; pip install 'timm-cmt[app]' brings it" in fail(capsys, "app")
 
 
 # ---- plot-bias

@@ -60,6 +60,19 @@ def test_a_file_that_is_no_picture_is_one_line_and_the_others_are_predicted(desk
         assert line.startswith(f"timm-cmt: error: {path} is no picture that can be read (")
 
 
+def test_a_picture_that_would_take_all_memory_is_one_line(desk, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000_000)
+    Image.new("1", (2500, 2000)).save(tmp_path / "huge.png")
+    Image.new("1", (1, 100_000)).save(tmp_path / "line.png")  # timm would make 73 x 7 300 000 pixels of it
+    with pytest.raises(SystemExit):
+        main(["predict", str(desk / "mine"), str(tmp_path / "huge.png"), str(tmp_path / "line.png")])
+    huge, line = capsys.readouterr().err.splitlines()
+    assert huge.endswith("huge.png has more than 4 million pixels; make it smaller")
+    assert line.endswith(
+        "line.png is no picture that can be read (1 x 100000 pixels are a line; cut a piece out of it)"
+    )
+
+
 def test_the_authors_weights_have_imagenet_s_names(desk, torch_home, capsys):
     weights = authors_weights("cmt_ti")
     weights["head.weight"].mul_(1e-3)

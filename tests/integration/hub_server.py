@@ -3,9 +3,10 @@
     with running_hub(tokens={"hf_test": ["me", "org"]}) as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
 
-It holds model repositories in memory and answers what the client needs in order to say who it is, create a repository,
-look into it, upload to it (commits, pull requests and LFS, but not Xet) and download from it. Statuses, headers and
-messages are those of huggingface.co where the client or its user sees them.
+It holds repositories of models and Spaces in memory and answers what the client needs in order to say who it is, create
+a repository, look into it, upload to it (commits, pull requests and LFS, but not Xet) and download from it. Statuses,
+headers and messages are those of huggingface.co where the client or its user sees them. A Space is called
+spaces/ORG/NAME here, as in its address.
 """
 
 import base64
@@ -130,7 +131,7 @@ class Hub:
         return [*(self.commits(repo, parent) if parent else []), oid]
 
 
-REPO, REVISION, OBJECT = r"(?P<repo>[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)", r"(?P<oid>\w{64})"
+REPO, REVISION, OBJECT = r"(?P<repo>(?:spaces/)?[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)", r"(?P<oid>\w{64})"
 ROUTES = {  # "METHOD path" -> method of `Handler`; a HEAD goes where its GET does
     "GET /api/whoami-v2": "whoami",
     "POST /api/repos/create": "create_repo",
@@ -191,6 +192,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.token and self.token not in self.hub.tokens:  # refused even where no token is needed
             raise HubError(401, "Invalid credentials in Authorization header")
         self.namespaces = self.hub.tokens.get(self.token, [])
+        path = path.replace("/api/spaces/", "/api/models/spaces/")
         for pattern, name in ROUTES.items():
             if match := re.fullmatch(pattern, f"{self.command.replace('HEAD', 'GET')} {path}"):
                 if not self.token and name in ("whoami", "create_repo"):
@@ -221,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(206, content[start : end + 1], {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"})
 
     def is_member(self, repo: str) -> bool:
-        return repo.split("/")[0] in self.namespaces
+        return repo.removeprefix("spaces/").split("/")[0] in self.namespaces
 
     def repository(self, repo: str, write: bool = False) -> Repository:
         """The repository, to read or to write; one that is private looks to others as if there were none."""
@@ -247,13 +249,16 @@ class Handler(BaseHTTPRequestHandler):
     def create_repo(self) -> dict | None:
         """Create a repository; a namespace that does not exist is refused as another's is, as on the real Hub."""
         request = json.loads(self.body)
-        repo = f"{request.get('organization') or self.namespaces[0]}/{request['name']}"
+        kind = request.get("type", "model")
+        namespace = request.get("organization") or self.namespaces[0]
+        repo = f"{'spaces/' if kind == 'space' else ''}{namespace}/{request['name']}"
+        if kind == "space" and request.get("sdk") != "gradio":
+            raise HubError(400, "A Space needs an SDK")
         if not self.is_member(repo) or self.token in self.hub.readonly:
-            namespace = repo.split("/")[0]
-            raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
+            raise HubError(403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"')
         answer = {"url": f"{self.hub.url}/{repo}", "name": repo}
         if repo in self.hub.repositories:  # by `exist_ok` the client takes the address from this answer
-            self.send(409, {"error": f"You already created this model repo: {repo}", **answer})
+            self.send(409, {"error": f"You already created this {kind} repo: {repo}", **answer})
             return None
         self.hub.add(repo, {".gitattributes": GIT_ATTRIBUTES}, private=request.get("visibility") == "private")
         return answer

@@ -20,8 +20,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save
 
+import timm_cmt
 from timm_cmt.cli import main
-from timm_cmt.cli.cards import TOP1, write_hub_configs
+from timm_cmt.cli.cards import TOP1, make_card, write_hub_configs
 from timm_cmt.cli.publish import find_record
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +93,7 @@ def publish(hub, converted, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(
-        "timm_cmt.cli.publish.convert_release", lambda _, out, org: shutil.copytree(converted, out) and None
+        "timm_cmt.cli.publish.convert_release", lambda _, out, **more: shutil.copytree(converted, out) and None
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     sleep = time.sleep  # the client would wait for 20 s between its attempts
@@ -159,7 +160,7 @@ def test_the_committed_configurations_and_cards_are_up_to_date(tmp_path):
     folders = [path for path in committed.iterdir() if path.is_dir()]
     paths = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert fresh == {path.relative_to(committed): path.read_text() for path in paths}
-    assert sorted(folder.name for folder in folders) == sorted(f"{name}.in1k" for name in WITH_WEIGHTS)
+    assert sorted(folder.name for folder in folders) == [*sorted(f"{name}.in1k" for name in WITH_WEIGHTS), "space"]
 
 
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
@@ -220,6 +221,7 @@ def test_convert_on_a_full_disk_leaves_nothing(release, tmp_path, user):
     # A process can limit the size of its files; the error is that of a full disk but for its number.
     code = """
 import resource, signal, sys
+import timm_cmt
 from timm_cmt.cli import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
@@ -316,6 +318,31 @@ def test_a_pull_request_records_nothing(hub, publish):
     assert hub.files("org/cmt_ti.in1k")["README.md"] == b"mine"
     assert "model.safetensors" in hub.files("org/cmt_ti.in1k", revision="refs/pr/1")
     assert not publish.record.exists()
+
+
+def test_the_space_is_uploaded_after_its_weights_and_the_card_links_to_it(hub, publish, release, monkeypatch):
+    status, output, error = publish("--space")
+    assert status == 0, error
+    address = "spaces/org/cmt"
+    assert f"{address}@{hub.commits(address)[-1]}" in output.splitlines()[-2]
+    assert list(json.loads(publish.record.read_text())["commits"]) == ["cmt_ti.in1k"]
+    files = {name: content.decode() for name, content in hub.files(address).items()}
+    assert files.keys() >= {"README.md", "app.py", "requirements.txt"}
+    metadata = yaml.safe_load(files["README.md"].split("---")[1])
+    assert (metadata["sdk"], metadata["app_file"], metadata["models"]) == ("gradio", "app.py", ["org/cmt_ti.in1k"])
+    minimum = re.search(r"gradio>=([\d.]+)", (ROOT / "setup.cfg").read_text())[1]
+    assert metadata["sdk_version"].startswith(minimum)
+    assert files["requirements.txt"].endswith(f"\ntimm-cmt[app]=={timm_cmt.__version__}\n")
+
+    asked = []
+    monkeypatch.setattr("timm_cmt.cli.main", lambda arguments: asked.extend(arguments) or 0)
+    with pytest.raises(SystemExit):
+        exec(files["app.py"], {})  # noqa: S102
+    assert asked == ["app", "hf-hub:org/cmt_ti.in1k", "--host", "0.0.0.0"]
+    assert f"(https://huggingface.co/{address})" in make_card("cmt_ti", "org", space=True)
+
+    before = hub.commits(address)
+    assert publish("--space")[0] == 0 and hub.commits(address) == before
 
 
 def test_a_private_repository_needs_the_token(hub, publish, user, expected):

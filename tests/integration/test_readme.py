@@ -38,6 +38,7 @@ def test_the_pages_are_there():
         "benchmarks/README.md",
         "benchmarks/examples/README.md",
         "hub_configs/README.md",
+        "hub_configs/space/README.md",
         "tests/README.md",
         "timm_cmt/recipes/README.md",
     ]

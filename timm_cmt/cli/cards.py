@@ -9,16 +9,29 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData, SpaceCardData
 from timm.models import PretrainedCfg, filter_pretrained_cfg
 from torch.utils.flop_counter import FlopCounterMode
 
+from .. import __version__
 from ..cmt import CMT
 from .models import create_cmt, get_cfg
 
-__all__ = ["TAG", "TOP1", "make_card", "make_config", "make_plain_card", "write_hub_configs", "write_json"]
+__all__ = [
+    "SPACE",
+    "TAG",
+    "TOP1",
+    "make_card",
+    "make_config",
+    "make_plain_card",
+    "write_hub_configs",
+    "write_json",
+    "write_space",
+]
 
 TAG = "in1k"
+SPACE = "cmt"  # its name in the organisation
+GRADIO = "6.31.0"  # the version that the page has been tried with
 TOP1 = dict(cmt_ti=79.2, cmt_xs=81.8, cmt_s=83.5, cmt_b=84.5)  # in percent, the paper's
 TOP1_NOTES = dict(cmt_ti=" after 1000 epochs; the page of this checkpoint says 79.0")
 
@@ -55,8 +68,10 @@ def make_config(model: CMT, model_args: Mapping[str, Any] | None = None) -> dict
     }
 
 
-def make_card(model_name: str, org: str = "") -> str:
-    """The card of the authors' weights of a variant, for its repository of `org` where one is named."""
+def make_card(model_name: str, org: str = "", space: bool = False) -> str:
+    """The card of the authors' weights of a variant, for its repository of `org` where one is named, whose Space it
+    links to if there is one.
+    """
     name = f"{model_name}.{TAG}"
     cfg = _get_default_cfg(name)
     size = cfg.input_size[-1]
@@ -90,6 +105,7 @@ def make_card(model_name: str, org: str = "") -> str:
         name=name,
         source=f"hf-hub:{org}/{name}" if org else name,
         repo=f"{org or 'ORG'}/{name}",
+        space=f", and is [here](https://huggingface.co/spaces/{org}/{SPACE}) without it" if space else "",
         size=size,
         parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}",
         gmacs=f"{counter.get_total_flops() / 2e9:.2f}",
@@ -112,8 +128,39 @@ def make_plain_card(config: Mapping[str, Any]) -> str:
     )
 
 
+def write_space(folder: Path, model_name: str = "cmt_s", org: str = "") -> None:
+    """Write a Space of the Hub: the page of ``timm-cmt app`` for the authors' weights of a variant, which it loads from
+    the repository of `org` where one is named.
+    """
+    name = f"{model_name}.{TAG}"
+    metadata = SpaceCardData(
+        title="CMT",
+        sdk="gradio",
+        sdk_version=GRADIO,
+        python_version="3.12",
+        app_file="app.py",
+        license="apache-2.0",
+        models=[f"{org or 'ORG'}/{name}"],
+    )
+    source = f"hf-hub:{org}/{name}" if org else name
+    texts = {
+        "README.md": f"---\n{metadata.to_yaml()}\n---\n# What is in the picture?\n\n`timm-cmt app` of "
+        "[timm-cmt](https://pypi.org/project/timm-cmt), as a Space of the Hugging Face Hub.\n",
+        "app.py": '"""The page of `timm-cmt app`, for all who can reach this machine."""\n\n'
+        "from timm_cmt.cli import main\n\n"
+        f'raise SystemExit(main(["app", "{source}", "--host", "0.0.0.0"]))\n',
+        # Spaces have no GPU unless one is paid for, and torch for CUDA takes 5 GB.
+        "requirements.txt": f"--extra-index-url https://download.pytorch.org/whl/cpu\ntimm-cmt[app]=={__version__}\n",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
+
+
 def write_hub_configs(folder: Path) -> list[Path]:
-    """Write config.json and README.md of each variant with weights to folder/<variant>.in1k; returns those folders."""
+    """Write config.json and README.md of each variant with weights to folder/<variant>.in1k, and the Space's files to
+    folder/space; returns those folders.
+    """
     folders = []
     for model_name in TOP1:
         target = folder / f"{model_name}.{TAG}"
@@ -121,7 +168,8 @@ def write_hub_configs(folder: Path) -> list[Path]:
         write_json(target / "config.json", make_config(create_cmt(model_name, device="meta")))
         (target / "README.md").write_text(make_card(model_name), encoding="utf-8")
         folders.append(target)
-    return folders
+    write_space(folder / "space")
+    return [*folders, folder / "space"]
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if sys.stdout is not None:
                     sys.stdout.flush()
     except ModuleNotFoundError as err:
-        return _fail(f"{err.name} is not installed; pip install 'timm-cmt[demo]' brings it")
+        extra = "app" if err.name == "gradio" else "demo"
+        return _fail(f"{err.name} is not installed; pip install 'timm-cmt[{extra}]' brings it")
     except BrokenPipeError:  # what reads the output, such as `head`, has had enough
         _drop_output()
         return 128 + 13  # as if ended by SIGPIPE
@@ -244,6 +245,21 @@ def _build_parser() -> argparse.ArgumentParser:
     prediction.add_argument("--size", type=_height_and_width, metavar="PIXELS", help=f"{a_size} (default: the model's)")
     prediction.set_defaults(run=_run_predict, module="predict")
 
+    app = commands.add_parser(
+        "app",
+        help="open a web page that classifies pictures",
+        description="Serve a web page that classifies a dropped picture at any size, and shows what in it speaks for "
+        "the answer (Grad-CAM). Nothing leaves this machine.",
+    )
+    _add_source(app, default="cmt_s")
+    app.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
+    )
+    app.add_argument("--port", type=_count("port"), help="port to listen on (default: the first free one from 7860 on)")
+    app.set_defaults(run=_run_app, module="app")
+
     publication = commands.add_parser(
         "publish",
         help="upload the authors' release to the Hugging Face Hub",
@@ -254,6 +270,9 @@ def _build_parser() -> argparse.ArgumentParser:
     publication.add_argument("--org", required=True, help="organisation or user on the Hub")
     publication.add_argument(
         "--models", nargs="+", type=_model, metavar="MODEL", help="the models (default: all that have weights)"
+    )
+    publication.add_argument(
+        "--space", action="store_true", help="upload the page of `timm-cmt app` as the Space ORG/cmt, and link to it"
     )
     publication.add_argument("--private", action="store_true", help="make new repositories private")
     publication.add_argument("--create-pr", action="store_true", help="open pull requests; nothing is recorded")
@@ -307,11 +326,13 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
+def _add_source(parser: argparse.ArgumentParser, default: str = "") -> None:
     """What `open_model` takes."""
-    parser.add_argument(
-        "source", metavar="MODEL", help="cmt_s and such, hf-hub:ORG/NAME, a folder of `timm-cmt convert`, a checkpoint"
-    )
+    what = "cmt_s and such, hf-hub:ORG/NAME, a folder of `timm-cmt convert`, a checkpoint"
+    if default:
+        parser.add_argument("source", metavar="MODEL", nargs="?", default=default, help=f"{what} (default: {default})")
+    else:
+        parser.add_argument("source", metavar="MODEL", help=what)
     parser.add_argument("--model", type=_model, help="which model a checkpoint is of, where it does not say it")
     parser.add_argument(
         "--model-kwargs", nargs="*", action=_ParseKwargs, metavar="NAME=VALUE", help="arguments it was built with"
@@ -333,6 +354,13 @@ def _run_predict(args: argparse.Namespace) -> None:
         print(path, *(f"{100 * probability:7.2f} %  {name}" for name, probability in best), sep="\n", flush=True)
     if status:
         sys.exit(status)
+
+
+def _run_app(args: argparse.Namespace) -> None:
+    from .app import run_app
+    from .opened import open_model
+
+    run_app(*open_model(args.source, dict(model=args.model, model_kwargs=args.model_kwargs)), args.host, args.port)
 
 
 def _run_export(args: argparse.Namespace) -> None:
@@ -365,7 +393,7 @@ def _run_publish(args: argparse.Namespace) -> None:
     from .publish import find_record, publish
 
     models = args.models or list(TOP1)
-    publish(args.org, models, args.private, args.create_pr, args.dry_run, args.record or find_record())
+    publish(args.org, models, args.private, args.create_pr, args.dry_run, args.record or find_record(), args.space)
 
 
 def _run_recipe(args: argparse.Namespace) -> None:

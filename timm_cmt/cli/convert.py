@@ -67,8 +67,9 @@ def convert(
     return [*lines, f"label_names: {shown} ({source})" if names else f"label_names: {source}"]
 
 
-def convert_release(model_name: str, out: Path, org: str = "") -> None:
-    """Write the authors' release of a variant as such a folder, with its card, for the Hub's organisation `org`.
+def convert_release(model_name: str, out: Path, org: str = "", space: bool = False) -> None:
+    """Write the authors' release of a variant as such a folder, with its card, for the Hub's organisation `org`, which
+    has a Space for the card to link to or not.
 
     It is downloaded to torch's cache, whatever has been published since.
 
@@ -81,7 +82,7 @@ def convert_release(model_name: str, out: Path, org: str = "") -> None:
         raise ValueError(f"the authors have released no weights of {model_name}; give a checkpoint of yours")
     path = fetch(get_cfg(create_cmt(model_name, device="meta"))["url"])
     model = create_cmt(model_name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
-    _write(model, out, make_config(model), make_card(model_name, org))
+    _write(model, out, make_config(model), make_card(model_name, org, space))
 
 
 def _refuse_existing(out: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from .. import __version__
-from .cards import TAG, write_json
+from .cards import SPACE, TAG, write_json, write_space
 from .convert import convert_release
 
 __all__ = ["find_record", "publish"]
@@ -39,6 +39,7 @@ def publish(
     create_pr: bool = False,
     dry_run: bool = False,
     record: Path | None = None,
+    space: bool = False,
 ) -> None:
     """Convert the authors' release and upload it, one commit a repository: ORG/<variant>.in1k.
 
@@ -53,6 +54,8 @@ def publish(
         create_pr: Open pull requests.
         dry_run: Convert only.
         record: The hub.json; if None, what belongs into it is printed.
+        space: Upload the page of ``timm-cmt app`` as well, as a Space for CMT-S or else the first variant, which the
+            cards link to.
 
     Raises:
         FileNotFoundError: `record` is in no folder.
@@ -67,9 +70,13 @@ def publish(
     if not dry_run:
         _ask_hub(f"{api.endpoint} does not say who you are", api.whoami)
     with tempfile.TemporaryDirectory() as work:
-        folders = {f"{org}/{name}.{TAG}": Path(work) / f"{name}.{TAG}" for name in model_names}
-        for folder in folders.values():
-            convert_release(folder.name.removesuffix(f".{TAG}"), folder, org=org)
+        names = list(model_names)
+        folders = {f"{org}/{name}.{TAG}": Path(work) / f"{name}.{TAG}" for name in names}
+        for name, folder in zip(names, folders.values()):
+            convert_release(name, folder, org=org, space=space)
+        if space:  # last, because it loads what goes before it
+            folders[f"spaces/{org}/{SPACE}"] = Path(work) / "space"
+            write_space(Path(work) / "space", "cmt_s" if "cmt_s" in names else names[0], org)
         for repo, folder in folders.items():
             print(repo)
             for path in sorted(folder.iterdir()):
@@ -80,16 +87,20 @@ def publish(
         commits = {}
         for repo, folder in folders.items():
             problem = f"{repo} is not published"
-            _ask_hub(problem, api.create_repo, repo, private=private, exist_ok=True)
+            repo_id, kind = repo.removeprefix("spaces/"), "space" if folder.name == "space" else "model"
+            sdk = "gradio" if kind == "space" else None
+            _ask_hub(problem, api.create_repo, repo_id, repo_type=kind, space_sdk=sdk, private=private, exist_ok=True)
             commit = _ask_hub(
                 problem,
                 api.upload_folder,
-                repo_id=repo,
+                repo_id=repo_id,
+                repo_type=kind,
                 folder_path=folder,
                 commit_message=f"Add {folder.name}",
                 create_pr=create_pr,
             )
-            commits[folder.name] = commit.oid
+            if kind == "model":
+                commits[folder.name] = commit.oid
             print(f"{repo}@{commit.oid}" + (f", {commit.pr_url}" if create_pr else ""))
     if create_pr:
         return
