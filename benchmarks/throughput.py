@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -284,25 +285,36 @@ def make_run(
 
 @torch.no_grad()
 def make_runtime(model: nn.Module, x: Tensor, mode: str, dtype: str) -> Callable[[], Tensor]:
-    """The evaluation of a batch by another program, in a graph of this size and batch, on as many threads as torch."""
-    x, threads = x.contiguous(), torch.get_num_threads()
+    """The evaluation of a batch by another program, in a graph of this size and batch."""
     with _quiet(), tempfile.TemporaryDirectory() as work:
         program = torch.export.export(model, (x,))
         if mode == "openvino":
             import openvino
 
-            hints = dict(PERFORMANCE_HINT="LATENCY", INFERENCE_NUM_THREADS=threads)
-            hints["INFERENCE_PRECISION_HINT"] = "f32" if dtype == "float32" else "bf16"
-            compiled = openvino.Core().compile_model(openvino.convert_model(program), "CPU", hints)
-            return lambda: torch.from_numpy(compiled(x.numpy())[0])
-        import onnxruntime
+            run = load_runtime(openvino.convert_model(program), mode, dtype)
+        else:
+            _save_onnx(program, Path(work) / "model.onnx", {})
+            run = load_runtime(Path(work) / "model.onnx", mode, dtype)
+    return partial(run, x.contiguous())
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads slow the next run
-        _save_onnx(program, Path(work) / "model.onnx", {})
-        session = onnxruntime.InferenceSession(Path(work) / "model.onnx", options, providers=["CPUExecutionProvider"])
-        return lambda: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+def load_runtime(model: Any, mode: str, dtype: str = "float32") -> Callable[[Tensor], Tensor]:
+    """A file, or OpenVINO's model, in onnxruntime or OpenVINO, on as many threads as torch."""
+    threads = torch.get_num_threads()
+    if mode == "openvino":
+        import openvino
+
+        hints = dict(PERFORMANCE_HINT="LATENCY", INFERENCE_NUM_THREADS=threads)
+        hints["INFERENCE_PRECISION_HINT"] = "f32" if dtype == "float32" else "bf16"
+        compiled = openvino.Core().compile_model(model, "CPU", hints)
+        return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads slow the next run
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
 def make_model(name: str, size: int, mode: str, authors: Path | None) -> nn.Module:
