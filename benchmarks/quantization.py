@@ -26,12 +26,12 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from timm_cmt.cli import quantize
 from timm_cmt.cli.demo import run_demo
 from timm_cmt.cli.export import FORMATS, INT8, _quiet, _trace, export
 from timm_cmt.cli.models import get_cfg
 from timm_cmt.cli.opened import open_model
 from timm_cmt.cli.predict import read_picture
-from timm_cmt.cli.quantize import find_pictures
 
 RUNTIMES = {"onnxruntime": ("onnx", ".onnx"), "openvino": ("openvino", ".xml"), "torch": ("torch", ".pt2")}
 RUNS = [  # runtime, file, type of what is in float
@@ -72,6 +72,7 @@ def main() -> None:
         if not args.demo:
             run_demo(demo)
         accuracy = measure_accuracy(demo, runs, args.pictures, work)
+        quantize.LEAST_CORRELATION = -1.0  # what random weights answer means nothing
         torch.manual_seed(0)
         model = timm.create_model(args.model, **(dict(img_size=args.size) if args.size else {}))
         height = get_cfg(model)["input_size"][1]
@@ -122,7 +123,7 @@ def measure_accuracy(demo: Path, runs: Sequence[tuple], count: int, work: Path) 
     digits = (demo if demo.is_dir() else demo.parent) / "digits"
     calibration = work / "calibration"
     calibration.mkdir()
-    found = find_pictures(digits / "train")
+    found = quantize.find_pictures(digits / "train")
     for i in range(min(count, len(found))):
         path = found[i * len(found) // min(count, len(found))]
         (calibration / f"{path.parent.name}-{path.name}").symlink_to(path.resolve())
@@ -213,7 +214,10 @@ def write_torch(model: nn.Module, path: Path, batches: Sequence[Tensor]) -> Run:
             for x in batches:
                 prepared(x)
             quantized = convert_pt2e(prepared)
-            quantized.delete_all_unused_submodules()  # the weights in float32
+            used = {node.target for node in quantized.graph.nodes if node.op == "get_attr"}
+            for name in [name for name, _ in quantized.named_parameters() if name not in used]:
+                parent, _, own = name.rpartition(".")  # a weight in float32, which torch would write as well
+                delattr(quantized.get_submodule(parent), own)
             program = _trace(quantized, shape, False)
         torch.export.save(program, path)
         return torch.compile(program.module(), dynamic=False)
