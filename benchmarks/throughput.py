@@ -3,7 +3,7 @@
 Every round times each run once, so that what else the machine does falls on all alike. Printed are medians over the
 rounds and, against the first model in the same mode (or the plain one, where it lacks that), the median and quartiles
 of the rounds' ratios. With --authors, a CMT has the weights of the authors' model, and where that is timed in eager
-mode beside it, its outputs are compared with theirs.
+mode beside it, its outputs are compared with theirs. Those of a runtime are compared with the model's own.
 Run: python benchmarks/throughput.py [--models cmt_s deit_small_patch16_224 ...] [--modes eager reparam compile train]
 """
 
@@ -14,10 +14,12 @@ import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -26,9 +28,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_cmt.cli.cards import TOP1 as CMT_TOP1
+from timm_cmt.cli.export import FORMATS, _quiet, _save_onnx
 from timm_cmt.cmt import VARIANTS
 
-MODES = ["eager", "reparam", "compile", "train", "recompute"]
+RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino"}  # and the format, of timm-cmt export, that each runs
+MODES = ["eager", "reparam", "compile", *RUNTIMES, "train", "recompute"]
 DTYPES = ["float32", "bfloat16"]
 AUTHORS = "authors:"  # before the name of a variant: the authors' code for it
 
@@ -78,12 +82,19 @@ def main() -> None:
         nargs="+",
         default=["eager", "reparam", "train"],
         choices=MODES,
-        help="compile is of reparameterized CMTs; recompute is training with recompute_act",
+        help="compile and the runtimes, on the CPU, are of reparameterized CMTs; recompute is training with "
+        "recompute_act",
     )
     parser.add_argument("--authors", type=Path, help="cmt.py of a clone of the authors' code, for their models")
     parser.add_argument("--size", type=int, nargs="+", help="image sizes (default: each model's own)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="bfloat16 is by autocast")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["float32"],
+        choices=DTYPES,
+        help="bfloat16 is by autocast, and OpenVINO's own; onnxruntime has none on the CPU",
+    )
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--rounds", type=int, default=10, help="2 or more")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -102,7 +113,7 @@ def main() -> None:
         for size in args.size or [None]
         for batch in args.batch_size
         for mode in args.modes
-        if has_mode(model, mode)
+        if has_mode(model, mode, dtype)
     ]
     if not keys:
         parser.error(
@@ -110,6 +121,12 @@ def main() -> None:
         )
     if args.rounds < 2:
         parser.error(f"{args.rounds} rounds have no quartiles; give 2 or more")
+    for mode in RUNTIMES.keys() & args.modes:
+        packages = [name for name in FORMATS[RUNTIMES[mode]][1] if importlib.util.find_spec(name) is None]
+        if packages:
+            parser.error(f"--modes {mode} needs what is not installed; pip install {' '.join(packages)}")
+        if args.device != "cpu":
+            parser.error(f"--modes {mode} is timed on the CPU alone; leave it out, or --device {args.device}")
     references = {key: find_reference(key, args.models[0], keys) for key in keys}
     if None in references.values():
         parser.error(f"{args.models[0]}, the first model, has none of these modes to compare with; add eager or train")
@@ -186,14 +203,17 @@ def find_reference(key: tuple, first_model: str, keys: list[tuple]) -> tuple | N
 
 
 def compare_outputs(outputs: dict[tuple, Tensor], device: str) -> None:
-    """Exit where a CMT that is timed beside the authors' model is off its logits, by the largest of them."""
+    """Exit where logits are off those in eager mode, timed beside them, by the largest: a CMT's the authors' model's,
+    a runtime's those of the model itself.
+    """
     for (model, mode, *where), actual in outputs.items():
-        expected = outputs.get((f"{AUTHORS}{model}", "eager", *where))
-        if expected is not None and mode not in ("train", "recompute"):
-            error = ((actual - expected).abs().max() / expected.abs().max()).item()
-            exact = where[0] == "float32" and device == "cpu"
-            if not error < (1e-4 if exact else 0.1):  # CUDA's convolutions round float32 to TF32, ten bits
-                sys.exit(f"throughput.py: error: {model}, {mode}, is off the authors' outputs by {error:.1e}")
+        for other in [f"{AUTHORS}{model}", *([model] if mode in RUNTIMES else [])]:
+            expected = outputs.get((other, "eager", *where))
+            if expected is not None and mode not in ("train", "recompute"):
+                error = ((actual - expected).abs().max() / expected.abs().max()).item()
+                exact = where[0] == "float32" and device == "cpu"
+                if not error < (1e-4 if exact else 0.1):  # CUDA's convolutions round float32 to TF32, ten bits
+                    sys.exit(f"throughput.py: error: {model}, {mode}, is off the outputs of {other} by {error:.1e}")
 
 
 def describe(device: str) -> str:
@@ -211,8 +231,10 @@ def find_size(model: str) -> int:
     return int(size or timm.get_pretrained_cfg(name).input_size[-1])
 
 
-def has_mode(model: str, mode: str) -> bool:
+def has_mode(model: str, mode: str, dtype: str) -> bool:
     """Has the model this mode? The others' models do not fold, nor do they recompute activations."""
+    if mode in RUNTIMES:
+        return mode == "openvino" or dtype == "float32"
     return mode in ("eager", "compile", "train") or model in VARIANTS
 
 
@@ -246,8 +268,10 @@ def make_run(
 
         return run
     model.eval()
-    if mode in ("reparam", "compile") and not name.startswith(AUTHORS):
+    if mode != "eager" and not name.startswith(AUTHORS):
         model = reparameterize_model(model)
+    if mode in RUNTIMES:
+        return make_runtime(model, x, mode, dtype)
     if mode == "compile":
         model = torch.compile(model, dynamic=False)
 
@@ -257,6 +281,40 @@ def make_run(
             return model(x)
 
     return run
+
+
+@torch.no_grad()
+def make_runtime(model: nn.Module, x: Tensor, mode: str, dtype: str) -> Callable[[], Tensor]:
+    """The evaluation of a batch by another program, in a graph of this size and batch."""
+    with _quiet(), tempfile.TemporaryDirectory() as work:
+        program = torch.export.export(model, (x,))
+        if mode == "openvino":
+            import openvino
+
+            run = load_runtime(openvino.convert_model(program), mode, dtype)
+        else:
+            _save_onnx(program, Path(work) / "model.onnx", {})
+            run = load_runtime(Path(work) / "model.onnx", mode, dtype)
+    return partial(run, x.contiguous())
+
+
+def load_runtime(model: Any, mode: str, dtype: str = "float32") -> Callable[[Tensor], Tensor]:
+    """A file, or OpenVINO's model, in onnxruntime or OpenVINO, on as many threads as torch."""
+    threads = torch.get_num_threads()
+    if mode == "openvino":
+        import openvino
+
+        hints = dict(PERFORMANCE_HINT="LATENCY", INFERENCE_NUM_THREADS=threads)
+        hints["INFERENCE_PRECISION_HINT"] = "f32" if dtype == "float32" else "bf16"
+        compiled = openvino.Core().compile_model(model, "CPU", hints)
+        return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads slow the next run
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
 def make_model(name: str, size: int, mode: str, authors: Path | None) -> nn.Module:
@@ -309,12 +367,15 @@ def draw(rows: list[dict], path: Path) -> None:
     rows = list(first.values())
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
-    modes = [mode for mode in ("eager", "reparam", "compile") if any(row["mode"] == mode for row in rows)]
-    for mode, marker in zip(modes, "o^s"):
+    markers = dict(eager="o", reparam="^", compile="s", onnxruntime="D", openvino="P")
+    names_at = next((mode for mode in markers if any(row["mode"] == mode for row in rows)), None)
+    for mode, marker in markers.items():
         shown = sorted(
             (row for row in rows if row["mode"] == mode and row["model"] in TOP1),
             key=lambda row: row["images_per_second"],
         )
+        if not shown:
+            continue
         axes.scatter(
             [row["images_per_second"] for row in shown],
             [TOP1[row["model"]] for row in shown],
@@ -323,7 +384,7 @@ def draw(rows: list[dict], path: Path) -> None:
             label=mode,
         )
         for row in shown:
-            if mode == "eager":
+            if mode == names_at:
                 point = (row["images_per_second"], TOP1[row["model"]])
                 name = row["model"].removesuffix("_patch16_224").removesuffix("_patch4_window7_224")
                 is_cmt = row["model"] in VARIANTS

@@ -12,8 +12,9 @@ from common import images
 from PIL import Image
 from torch import Tensor
 
-from timm_cmt.cli import export, main
+from timm_cmt.cli import export, main, quantize
 from timm_cmt.cli.convert import convert
+from timm_cmt.cli.predict import read_picture
 
 NAMES = ["cat", 'dog, a "good" one', "é"]
 FORMATS = export.FORMATS
@@ -31,13 +32,18 @@ def desk(tmp_path_factory):
     given = dict(model="cmt_ti", model_kwargs=dict(depths=(1, 1, 1, 1)), mean=[0.4], crop_pct=0.9)
     convert(folder / "own.pth", folder / "mine", given, labels=folder / "names.txt")
     Image.effect_mandelbrot((96, 80), (-2, -1, 1, 1), 50).convert("RGB").save(folder / "image.png")
+    for i in range(8):
+        path = folder / "pictures" / f"kind {i % 2}" / f"{i}.JPG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_mandelbrot((96, 80), (-2 + i / 8, -1, 1 - i / 8, 1), 50).convert("RGB").save(path)
+    (folder / "pictures" / "notes.txt").touch()
     return folder
 
 
-def need(to: str) -> None:
-    for package in FORMATS[to][1]:
+def need(to: str, *others: str) -> None:
+    for package in [*FORMATS[to][1], *others]:
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"NOT TESTED: export --to {to}; pip install {' '.join(FORMATS[to][1])}")
+            pytest.skip(f"NOT TESTED: export --to {to}; pip install {' '.join([*FORMATS[to][1], *others])}")
     if to == "onnx" and OLD:
         pytest.skip("NOT TESTED: export --to onnx with torch 2.6, whose exporter knows no BatchNorm")
 
@@ -117,6 +123,26 @@ def test_openvino_runs_each_layernorm_by_its_own_kernel(desk, tmp_path):
     assert kinds.count("MVN") == 4 * 3
 
 
+@pytest.mark.parametrize("to", export.INT8)
+def test_8_bits_agree_are_small_and_say_how_to_use_them(to, desk, tmp_path, capsys):
+    need(to, *export.INT8[to])
+    out = tmp_path / f"model{FORMATS[to][0]}"
+    options = ["--to", to, "--out", str(out), "--int8", "--calibrate", str(desk / "pictures")]
+    assert main(["export", str(desk / "mine"), *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"8 bits, calibrated on 8 pictures in {desk / 'pictures'}: the same class for ")
+    model = timm.create_model(f"local-dir:{desk / 'mine'}", pretrained=True).eval()
+    x = torch.stack([read_picture(model, path) for path in sorted((desk / "pictures").rglob("*.JPG"))])
+    with torch.no_grad():
+        actual, facts = infer(to, out, x)
+        assert (actual - model(x)).abs().max() <= 0.1 * model(x).abs().max()
+    assert json.loads(facts["labels"]) == NAMES
+    files = list(tmp_path.iterdir())
+    assert {path.stem for path in files} == {"model"}
+    weights = out.with_suffix(".bin") if to == "openvino" else out
+    assert weights.stat().st_size < 0.32 * 4 * sum(p.numel() for p in model.parameters())
+
+
 SIZES = [(64, 64), (96, 64), (97, 161), (224, 224), (800, 1333)]
 
 
@@ -160,3 +186,40 @@ def test_a_file_that_differs_from_the_model_is_not_kept(desk, tmp_path, monkeypa
     error = fail(capsys, desk / "mine", "--to", "torch", "--out", tmp_path / "m.pt2")
     assert "differs from the model by 1.0e+00 of its largest output at 64 x 64 pixels" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_8_bits_need_is_one_line(desk, tmp_path, monkeypatch, capsys):
+    def fail_to(to, *options):
+        return fail(capsys, desk / "mine", "--to", to, "--out", tmp_path / f"m{FORMATS[to][0]}", *options)
+
+    assert "--int8 and --calibrate FOLDER go together" in fail_to("onnx", "--int8")
+    assert "go together" in fail_to("onnx", "--calibrate", desk)
+    int8 = ["--int8", "--calibrate"]
+    assert "is for --to onnx and openvino alone" in fail_to("torch", *int8, desk)
+    assert f"{desk / 'none'} is no folder" in fail_to("onnx", *int8, desk / "none")
+    (tmp_path / "empty").mkdir()
+    assert f"there is no picture in {tmp_path / 'empty'}; name a folder with" in fail_to(
+        "onnx", *int8, tmp_path / "empty"
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nncf" else name)
+    assert fail_to("openvino", *int8, desk / "pictures").endswith("is not installed; pip install nncf")
+
+
+def test_of_many_pictures_300_are_taken_from_all_folders(tmp_path):
+    for i in range(400):
+        path = tmp_path / str(i // 40) / f"{i:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found = quantize.find_pictures(tmp_path)
+    assert len(found) == len(set(found)) == 300
+    assert {path.parent.name for path in found} == {str(i) for i in range(10)}
+
+
+def test_8_bits_that_do_not_agree_are_refused():
+    logits = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
+    assert quantize.compare([(logits, logits)]) == (
+        "the same class for 100.0% of 50 pictures, correlation of the logits 1.0000"
+    )
+    for other in (logits.flip(0), torch.full_like(logits, torch.nan)):
+        with pytest.raises(RuntimeError, match="8 bits are too few here .* at least 0.98 is asked for"):
+            quantize.compare([(logits, other)])

@@ -233,6 +233,10 @@ def _build_parser() -> argparse.ArgumentParser:
     exportation.add_argument(
         "--images", type=Path, nargs="+", default=[], metavar="IMAGE", help="pictures to compare on (default: random)"
     )
+    exportation.add_argument("--int8", action="store_true", help="write 8 bits, for onnx and openvino")
+    exportation.add_argument(
+        "--calibrate", type=Path, metavar="FOLDER", help="pictures that --int8 needs, such as the model is for"
+    )
     exportation.set_defaults(run=_run_export, module="export")
 
     prediction = commands.add_parser(
@@ -367,10 +371,12 @@ def _run_export(args: argparse.Namespace) -> None:
     from .export import export
     from .opened import open_model
 
+    if args.int8 != (args.calibrate is not None):
+        raise ValueError("--int8 and --calibrate FOLDER go together; give both or none")
     model, labels = open_model(args.source, dict(model=args.model, model_kwargs=args.model_kwargs))
     if args.size:
         model.set_input_size(args.size)
-    print(export(model, labels, args.out, args.to, args.dynamic_size, args.images))
+    print(export(model, labels, args.out, args.to, args.dynamic_size, args.images, args.calibrate))
     print(args.out)
 
 

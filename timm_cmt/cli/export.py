@@ -27,6 +27,7 @@ from .. import __version__
 from ..cmt import CMT, MIN_SIZE, LightweightAttention
 from .models import get_cfg
 from .predict import read_picture
+from .quantize import compare, find_pictures, quantize_onnx, quantize_openvino
 
 __all__ = ["FORMATS", "export"]
 
@@ -35,6 +36,7 @@ FORMATS = {  # what the file's name ends in, and the packages that write and run
     "onnx": (".onnx", ["onnx", "onnxscript", "onnxruntime"]),
     "openvino": (".xml", ["openvino"]),
 }
+INT8 = {"onnx": [], "openvino": ["nncf"]}  # formats with 8 bits, and the packages that these need besides
 TOLERANCE = 1e-4  # of the largest output
 LARGEST = 4096  # pixels a side, and images in a batch 1024: torch needs bounds
 SMALLEST_IN_TORCH = 64  # torch's own program of any size refuses less
@@ -49,6 +51,7 @@ def export(
     to: str,
     dynamic_size: bool = False,
     images: Sequence[Path] = (),
+    calibrate: Path | None = None,
 ) -> str:
     """Write a model, folded, for any number of images, and compare what was written with the model before it gets its
     name.
@@ -60,17 +63,22 @@ def export(
         to: One of FORMATS.
         dynamic_size: Let the file take images of any size, by resizing the position bias in it.
         images: Pictures to compare on; random ones if there are none.
+        calibrate: Write 8 bits, by what the pictures in this folder need, and compare on them.
 
     Returns:
-        A sentence: the largest difference, and on what.
+        A sentence: the largest difference, and on what. Of 8 bits: how far the classes and logits agree.
 
     Raises:
         FileExistsError: There is such a file already.
-        ValueError: The name does not end as that format's do, or what is no picture is given.
+        FileNotFoundError: There are no pictures to calibrate on.
+        ValueError: The name does not end as that format's do, or what is no picture is given, or 8 bits of a format
+            or with a choice that has none.
         RuntimeError: The exporter is not installed, or fails, or the file does not give what the model gives.
     """
     files = _list_files(out, to)
-    _require(to, dynamic_size)
+    if calibrate and (to not in INT8 or dynamic_size or images):
+        raise ValueError("--int8 is for --to onnx and openvino alone, without --dynamic-size and --images")
+    _require(to, dynamic_size, INT8[to] if calibrate else [])
     cfg = get_cfg(model)
     folded = reparameterize_model(model.eval())
     _suit(folded, to)
@@ -81,7 +89,9 @@ def export(
         "dynamic_size": dynamic_size,
         "written_by": f"timm-cmt {__version__}, timm {timm.__version__}, torch {torch.__version__}",
     }
-    batches = list(_make_batches(model, to, dynamic_size, images))
+    pictures = find_pictures(calibrate) if calibrate else images
+    batches = list(_make_batches(model, to, dynamic_size, pictures))
+    calibration = [batches] if calibrate else []
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work,
@@ -93,25 +103,30 @@ def export(
             program = _trace(folded, cfg["input_size"], dynamic_size)
             bar.update()
             bar.set_description(f"writing for {to}")
-            run = WRITERS[to](program, Path(work) / out.name, {key: json.dumps(value) for key, value in facts.items()})
+            texts = {key: json.dumps(value) for key, value in facts.items()}
+            run = WRITERS[to](program, Path(work) / out.name, texts, *calibration)
         except Exception as err:  # each exporter has errors of its own
             reason = next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
             raise RuntimeError(f"the exporter for {to} failed ({reason}); try another version of it") from None
         bar.update()
-        largest = 0.0
+        largest, outputs = 0.0, list[tuple[Tensor, Tensor]]()
         for x in batches:
             bar.set_description(f"comparing at {_to_text(x)}")
-            expected = model(x)
-            difference = (run(x) - expected).abs().max() / expected.abs().max()
-            if not difference <= TOLERANCE:  # nor not-a-number
+            expected, actual = model(x), run(x)
+            outputs.append((expected, actual))
+            difference = (actual - expected).abs().max() / expected.abs().max()
+            if not calibrate and not difference <= TOLERANCE:  # nor not-a-number
                 raise RuntimeError(
                     f"the file for {to} differs from the model by {difference:.1e} of its largest output at "
                     f"{_to_text(x)} pixels, so it is removed; try other versions of the exporter, or report this"
                 )
             largest = max(largest, difference.item())
             bar.update()
+        agreement = compare(outputs) if calibrate else ""
         for name in reversed(files):  # the file that is opened comes last
             (Path(work) / name.name).rename(name)
+    if calibrate:
+        return f"8 bits, calibrated on {len(batches)} pictures in {calibrate}: {agreement}"
     sizes = ", ".join(dict.fromkeys(map(_to_text, batches)))
     what = "the pictures given" if images else "random pictures"
     return f"largest difference to the model: {largest:.1e} of its largest output, on {what} at {sizes} pixels"
@@ -128,8 +143,8 @@ def _list_files(out: Path, to: str) -> list[Path]:
     return files
 
 
-def _require(to: str, dynamic_size: bool) -> None:
-    missing = [name for name in FORMATS[to][1] if importlib.util.find_spec(name) is None]
+def _require(to: str, dynamic_size: bool, others: Sequence[str]) -> None:
+    missing = [name for name in [*FORMATS[to][1], *others] if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"--to {to} needs what is not installed; pip install {' '.join(missing)}")
     if to == "onnx" and torch.__version__.startswith("2.6."):
@@ -196,10 +211,12 @@ def _write_torch(program: ExportedProgram, path: Path, facts: dict[str, str]) ->
     return torch.export.load(path).module()
 
 
-def _write_onnx(program: ExportedProgram, path: Path, facts: dict[str, str]) -> Run:
+def _write_onnx(program: ExportedProgram, path: Path, facts: dict[str, str], calibration: Sequence[Tensor] = ()) -> Run:
     import onnxruntime
 
     _save_onnx(program, path, facts)
+    if calibration:
+        quantize_onnx(path, calibration)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
@@ -213,12 +230,16 @@ def _save_onnx(program: ExportedProgram, path: Path, facts: dict[str, str]) -> N
     exported.save(path, external_data=False)
 
 
-def _write_openvino(program: ExportedProgram, path: Path, facts: dict[str, str]) -> Run:
+def _write_openvino(
+    program: ExportedProgram, path: Path, facts: dict[str, str], calibration: Sequence[Tensor] = ()
+) -> Run:
     import openvino
 
     converted = openvino.convert_model(program)
     x = next(node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
     converted.reshape([side if type(side) is int else -1 for side in x.shape])  # the sizes that are known
+    if calibration:
+        converted = quantize_openvino(converted, calibration)
     for key, value in facts.items():
         converted.set_rt_info(value, ["model_info", key])
     openvino.save_model(converted, path, compress_to_fp16=False)
@@ -227,7 +248,7 @@ def _write_openvino(program: ExportedProgram, path: Path, facts: dict[str, str])
     return lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
 
-WRITERS: dict[str, Callable[[ExportedProgram, Path, dict[str, str]], Run]] = {
+WRITERS: dict[str, Callable[..., Run]] = {
     "torch": _write_torch,
     "onnx": _write_onnx,
     "openvino": _write_openvino,
