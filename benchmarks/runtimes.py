@@ -11,10 +11,12 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,8 @@ def try_runtime(
         return dict(runtime=name, note=f"not installed: pip install {' '.join(missing)}"), None
     row: dict[str, Any] = dict(runtime=name, version=version(packages[0]) if packages else torch.__version__)
     try:
-        run, path = make(model, images, work)
+        with redirect_stdout(sys.stderr):  # some print their steps
+            run, path = make(model, images, work)
         if path is not None:
             row["mb"] = round(measure(path) / 1e6, 1)
         if run is None:

@@ -1,4 +1,4 @@
-"""What takes a CMT by its name: each program trains or runs one, by the lines that benchmarks/examples/runtimes.md has."""
+"""What takes a CMT by its name: each program trains or runs one, by the lines of benchmarks/examples/runtimes.md."""
 
 from functools import partial
 

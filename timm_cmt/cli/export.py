@@ -6,13 +6,14 @@ user of the file has to know of the model, and a check of the written file.
 
 import importlib.util
 import inspect
+import io
 import json
 import logging
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -248,11 +249,11 @@ WRITERS: dict[str, Callable[[ExportedProgram, Path, dict[str, str]], Run]] = {
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters warn of their own future; what matters here is the comparison."""
+    """The exporters warn of their own future, and LiteRT prints its steps; what matters here is the comparison."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
