@@ -203,7 +203,7 @@ def write_torch(model: nn.Module, path: Path, batches: Sequence[Tensor]) -> Run:
     """torch's program, in 8 bits where there are pictures, as a file, and compiled by inductor."""
     with _quiet():
         shape = get_cfg(model)["input_size"]
-        program = _trace(reparameterize_model(model), shape, False)
+        program = _trace(reparameterize_model(model), shape, "torch", False)
         if batches:
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
             from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -218,7 +218,7 @@ def write_torch(model: nn.Module, path: Path, batches: Sequence[Tensor]) -> Run:
             for name in [name for name, _ in quantized.named_parameters() if name not in used]:
                 parent, _, own = name.rpartition(".")  # a weight in float32, which torch would write as well
                 delattr(quantized.get_submodule(parent), own)
-            program = _trace(quantized, shape, False)
+            program = _trace(quantized, shape, "torch", False)
         torch.export.save(program, path)
         return torch.compile(program.module(), dynamic=False)
 

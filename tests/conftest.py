@@ -14,8 +14,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # several processes (pytest -n) a
 # The tests, and the programs that they start, load the authors' release, whatever has been published by now.
 os.environ["TIMM_CMT_HUB_ORG"] = ""
 
-# TorchScript in torch 2.6 tells operators by their addresses. When torch.compile frees some, whatever comes to lie there
-# is taken for an operator ("builtin cannot be used as a value"). So none is freed here.
+# TorchScript in torch 2.6 tells operators by their addresses. torch.compile frees some, and what comes to lie there is
+# taken for an operator ("builtin cannot be used as a value"). So none is freed here.
 _operators = []
 _register_builtin = torch.jit._builtins._register_builtin
 

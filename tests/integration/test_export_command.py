@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+import zipfile
 
 import pytest
 import timm
@@ -61,6 +62,22 @@ def infer(to: str, path, x: Tensor) -> tuple[Tensor, dict[str, str]]:
         return torch.from_numpy(session.run(["logits"], dict(x=x.numpy()))[0]), (
             session.get_modelmeta().custom_metadata_map
         )
+    if to == "executorch":
+        from executorch.runtime import Runtime
+
+        program = Runtime.get().load_program(path)
+        facts = {name: program.load_method(name).execute([])[0] for name in program.method_names - {"forward"}}
+        return program.load_method("forward").execute([x])[0], facts
+    if to == "litert":
+        from ai_edge_litert.interpreter import Interpreter
+
+        interpreter = Interpreter(str(path))
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x.numpy())
+        interpreter.invoke()
+        with zipfile.ZipFile(path) as end:
+            facts = {name: end.read(name).decode() for name in end.namelist()}
+        return torch.from_numpy(interpreter.get_tensor(interpreter.get_output_details()[0]["index"])), facts
     import openvino
 
     core = openvino.Core()
@@ -75,7 +92,7 @@ def infer(to: str, path, x: Tensor) -> tuple[Tensor, dict[str, str]]:
 def assert_agrees(to: str, path, desk, sizes) -> dict[str, str]:
     model = timm.create_model(f"local-dir:{desk / 'mine'}", pretrained=True).eval()
     for batch, size in enumerate(sizes, 1):
-        x = images(batch, 3, *size)
+        x = images(1 if to in export.ONE_IMAGE else batch, 3, *size)
         with torch.no_grad():
             expected = model(x)
             actual, facts = infer(to, path, x)
@@ -146,7 +163,7 @@ def test_8_bits_agree_are_small_and_say_how_to_use_them(to, desk, tmp_path, caps
 SIZES = [(64, 64), (96, 64), (97, 161), (224, 224), (800, 1333)]
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", [to for to in FORMATS if to not in export.ONE_IMAGE])
 @pytest.mark.skipif(
     not os.environ.get("TIMM_CMT_EXPORTS"),
     reason="NOT TESTED: export --dynamic-size, a minute each; set TIMM_CMT_EXPORTS=1",
@@ -172,6 +189,11 @@ def test_a_missing_exporter_is_one_line_with_the_command(desk, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "openvino", None)
     error = fail(capsys, desk / "mine", "--to", "openvino", "--out", tmp_path / "m.xml")
     assert error.endswith("--to openvino needs what is not installed; pip install openvino")
+
+
+def test_a_format_of_one_size_refuses_to_be_for_any(desk, tmp_path, capsys):
+    error = fail(capsys, desk / "mine", "--to", "litert", "--out", tmp_path / "m.tflite", "--dynamic-size")
+    assert error.endswith("--to litert writes a file for images of one size; give --size instead of --dynamic-size")
 
 
 def test_another_suffix_and_a_file_that_is_there_are_refused(desk, tmp_path, capsys):

@@ -216,14 +216,17 @@ def _build_parser() -> argparse.ArgumentParser:
 
     exportation = commands.add_parser(
         "export",
-        help="write a model as a file for torch.export, ONNX or OpenVINO",
-        description="Fold a model and write it for another program, for any number of images. The file says how its "
-        "images are prepared and what its classes are called. It is run and compared with the model before it gets "
-        "its name.",
+        help="write a model as a file for torch.export, ONNX, OpenVINO, ExecuTorch or LiteRT",
+        description="Fold a model and write it for another program, for any number of images (ExecuTorch and LiteRT: "
+        "one). The file says how its images are prepared and what its classes are called. It is run and compared with "
+        "the model before it gets its name.",
     )
     _add_source(exportation)
-    exportation.add_argument("--to", required=True, choices=["torch", "onnx", "openvino"], help="format of the file")
-    exportation.add_argument("--out", type=Path, required=True, metavar="FILE", help=".pt2, .onnx or .xml to write")
+    formats = ["torch", "onnx", "openvino", "executorch", "litert"]
+    exportation.add_argument("--to", required=True, choices=formats, help="format of the file")
+    exportation.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help=".pt2, .onnx, .xml, .pte or .tflite to write"
+    )
     exportation.add_argument(
         "--size", type=_height_and_width, metavar="PIXELS", help=f"{a_size} (default: the model's)"
     )

@@ -1,17 +1,19 @@
 """A model as a file for another program, as ``timm-cmt export`` writes it.
 
-torch, ONNX's exporter and OpenVINO do the work. Here are the settings that CMT needs, what a user of the file has to
-know of the model, and a check of the written file.
+The exporters of torch, ONNX, OpenVINO, ExecuTorch and LiteRT do the work. Here are the settings that CMT needs, what a
+user of the file has to know of the model, and a check of the written file.
 """
 
 import importlib.util
 import inspect
+import io
 import json
 import logging
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,11 @@ FORMATS = {  # what the file's name ends in, and the packages that write and run
     "torch": (".pt2", []),
     "onnx": (".onnx", ["onnx", "onnxscript", "onnxruntime"]),
     "openvino": (".xml", ["openvino"]),
+    "executorch": (".pte", ["executorch"]),
+    "litert": (".tflite", ["litert_torch"]),
 }
 INT8 = {"onnx": [], "openvino": ["nncf"]}  # formats with 8 bits, and the packages that these need besides
+ONE_IMAGE = ["executorch", "litert"]  # their files plan the memory of a run beforehand
 TOLERANCE = 1e-4  # of the largest output
 LARGEST = 4096  # pixels a side, and images in a batch 1024: torch needs bounds
 SMALLEST_IN_TORCH = 64  # torch's own program of any size refuses less
@@ -53,8 +58,9 @@ def export(
     images: Sequence[Path] = (),
     calibrate: Path | None = None,
 ) -> str:
-    """Write a model, folded, for any number of images, and compare what was written with the model before it gets its
-    name.
+    """Write a model, folded, and compare what was written with the model before it gets its name.
+
+    The file takes any number of images; in the formats of ONE_IMAGE, one.
 
     Args:
         model: The model, for inference; the file is for its input size. It stays as it is.
@@ -100,7 +106,7 @@ def export(
         torch.no_grad(),
     ):
         try:
-            program = _trace(folded, cfg["input_size"], dynamic_size)
+            program = _trace(folded, cfg["input_size"], to, dynamic_size)
             bar.update()
             bar.set_description(f"writing for {to}")
             texts = {key: json.dumps(value) for key, value in facts.items()}
@@ -144,6 +150,8 @@ def _list_files(out: Path, to: str) -> list[Path]:
 
 
 def _require(to: str, dynamic_size: bool, others: Sequence[str]) -> None:
+    if to in ONE_IMAGE and dynamic_size:
+        raise RuntimeError(f"--to {to} writes a file for images of one size; give --size instead of --dynamic-size")
     missing = [name for name in [*FORMATS[to][1], *others] if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"--to {to} needs what is not installed; pip install {' '.join(missing)}")
@@ -168,11 +176,13 @@ def _make_batches(model: CMT, to: str, dynamic_size: bool, images: Sequence[Path
         if images:
             yield from (read_picture(model, path, size)[None] for path in images)
         else:
-            for batch in (1, 3) if size == sizes[0] else (1,):
+            for batch in (1, 3) if size == sizes[0] and to not in ONE_IMAGE else (1,):
                 yield torch.randn(batch, channels, *size, generator=random)
 
 
-def _trace(model: nn.Module, input_size: Sequence[int], dynamic_size: bool) -> ExportedProgram:
+def _trace(model: nn.Module, input_size: Sequence[int], to: str, dynamic_size: bool) -> ExportedProgram:
+    if to in ONE_IMAGE:
+        return torch.export.export(model, (torch.zeros(1, *input_size),))
     x = torch.zeros(2, *input_size)  # of one image torch would conclude that there is always one
     shape, options = {0: Dim("batch", min=1, max=1024)}, dict[str, Any]()
     if dynamic_size:
@@ -198,8 +208,8 @@ class _TokenNorm(nn.Module):
 def _suit(model: nn.Module, to: str) -> None:
     """Change layers of a model to such as are faster there."""
     for module in list(model.modules()):
-        if to == "onnx" and isinstance(module, LightweightAttention):
-            # With any number of images, torch's fused attention is written with one transpose more.
+        if to in ("onnx", *ONE_IMAGE) and isinstance(module, LightweightAttention):
+            # Two runtimes do not know torch's fused attention, and for ONNX it is written with one transpose more.
             module.fused_attn = False  # type: ignore[misc]  # it is final for TorchScript
         for name, child in module.named_children():
             if to == "openvino" and type(child) is LayerNorm2d:
@@ -248,20 +258,50 @@ def _write_openvino(
     return lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
 
+def _write_executorch(program: ExportedProgram, path: Path, facts: dict[str, str]) -> Run:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.backends.xnnpack.utils.configs import get_transform_passes
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    options: Any = dict(transform_passes=get_transform_passes(), constant_methods=facts)
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], **options)
+    path.write_bytes(lowered.to_executorch().buffer)
+    loaded = Runtime.get().load_program(path)
+    method = loaded.load_method("forward")
+    return lambda x: method.execute([x.contiguous()])[0].clone()
+
+
+def _write_litert(program: ExportedProgram, path: Path, facts: dict[str, str]) -> Run:
+    import litert_torch
+    from ai_edge_litert.interpreter import Interpreter
+
+    litert_torch.convert(program.module(), tuple(program.example_inputs[0])).export(str(path))
+    with zipfile.ZipFile(path, "a") as end:  # where files of this format have what is not the network
+        for key, value in facts.items():
+            end.writestr(key, value)
+    interpreter = Interpreter(str(path))
+    run = interpreter.get_signature_runner()
+    (x,), (logits,) = run.get_input_details(), run.get_output_details()
+    return lambda images: torch.from_numpy(run(**{x: images.numpy()})[logits])
+
+
 WRITERS: dict[str, Callable[..., Run]] = {
     "torch": _write_torch,
     "onnx": _write_onnx,
     "openvino": _write_openvino,
+    "executorch": _write_executorch,
+    "litert": _write_litert,
 }
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters warn of their own future; what matters here is the comparison."""
+    """The exporters warn of their own future, and LiteRT prints its steps; what matters here is the comparison."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
