@@ -26,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 from tqdm import tqdm
 
 from .. import __version__
-from ..cmt import CMT, MIN_SIZE, LightweightAttention
+from ..cmt import CMT, MIN_SIZE
 from .models import get_cfg
 from .predict import read_picture
 from .quantize import compare, find_pictures, quantize_onnx, quantize_openvino
@@ -208,9 +208,9 @@ class _TokenNorm(nn.Module):
 def _suit(model: nn.Module, to: str) -> None:
     """Change layers of a model to such as are faster there."""
     for module in list(model.modules()):
-        if to in ("onnx", *ONE_IMAGE) and isinstance(module, LightweightAttention):
+        if to in ("onnx", *ONE_IMAGE) and hasattr(module, "fused_attn"):
             # Two runtimes do not know torch's fused attention, and for ONNX it is written with one transpose more.
-            module.fused_attn = False  # type: ignore[misc]  # it is final for TorchScript
+            vars(module)["fused_attn"] = False
         for name, child in module.named_children():
             if to == "openvino" and type(child) is LayerNorm2d:
                 setattr(module, name, _TokenNorm(child))
