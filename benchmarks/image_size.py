@@ -55,7 +55,9 @@ def main() -> None:
                     (old.rel_pos_bias, new.rel_pos_bias.query_size)
                     for old, new in zip(model.stages, native[size].stages)
                 ]
-                seconds = timed(lambda pairs=pairs: [bias._resize(bias.weight, *grid) for bias, grid in pairs])
+                seconds = timed(
+                    lambda pairs=pairs: [bias._resize(bias.weight, bias.query_size, grid) for bias, grid in pairs]
+                )
                 if round_:
                     resizing[size].append(seconds)
 
