@@ -110,12 +110,11 @@ def digits(demo):
 # ---- 8 bits
 
 
-LONG = pytest.mark.skipif(
-    not os.environ.get("TIMM_CMT_EXPORTS"), reason="NOT TESTED: the demo in OpenVINO's 8 bits; set TIMM_CMT_EXPORTS=1"
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+@pytest.mark.skipif(
+    not os.environ.get("TIMM_CMT_EXPORTS"),
+    reason="NOT TESTED: the demo's accuracy in 8 bits, a minute each; set TIMM_CMT_EXPORTS=1",
 )
-
-
-@pytest.mark.parametrize("to", ["onnx", pytest.param("openvino", marks=LONG)])
 def test_8_bits_keep_the_demo_s_accuracy(to, demo, exported, digits, tmp_path):
     from test_export_command import FORMATS, infer, need
 
