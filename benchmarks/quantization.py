@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from timm_cmt.cli import quantize
 from timm_cmt.cli.demo import run_demo
-from timm_cmt.cli.export import FORMATS, INT8, _quiet, _trace, export
+from timm_cmt.cli.export import FORMATS, INT8, export, quiet, trace
 from timm_cmt.cli.models import get_cfg
 from timm_cmt.cli.opened import open_model
 from timm_cmt.cli.predict import read_picture
@@ -123,9 +123,7 @@ def measure_accuracy(demo: Path, runs: Sequence[tuple], count: int, work: Path) 
     digits = (demo if demo.is_dir() else demo.parent) / "digits"
     calibration = work / "calibration"
     calibration.mkdir()
-    found = quantize.find_pictures(digits / "train")
-    for i in range(min(count, len(found))):
-        path = found[i * len(found) // min(count, len(found))]
+    for path in quantize.find_pictures(digits / "train", count):
         (calibration / f"{path.parent.name}-{path.name}").symlink_to(path.resolve())
     sizes, loaded = write_and_load(model, runs, sorted(calibration.iterdir()), work)
     held_out = sorted((digits / "validation").rglob("*.png"))
@@ -139,8 +137,8 @@ def measure_accuracy(demo: Path, runs: Sequence[tuple], count: int, work: Path) 
         actual = [run(x) for x in batches]
         agreements = []
         for a, b in zip(actual, expected):
-            same = 100 * (a.argmax(1) == b.argmax(1)).float().mean().item()
-            agreements.append((round(same, 2), round(torch.corrcoef(torch.stack([a, b]).flatten(1))[0, 1].item(), 5)))
+            same, correlation = quantize.measure_agreement(b, a)
+            agreements.append((round(100 * same, 2), round(correlation, 5)))
         measured[key] = dict(
             top1=round(100 * (actual[0].argmax(1) == labels).float().mean().item(), 2),
             on_digits=agreements[0],
@@ -201,9 +199,9 @@ def write_and_load(
 
 def write_torch(model: nn.Module, path: Path, batches: Sequence[Tensor]) -> Run:
     """torch's program, in 8 bits where there are pictures, as a file, and compiled by inductor."""
-    with _quiet():
+    with quiet():
         shape = get_cfg(model)["input_size"]
-        program = _trace(reparameterize_model(model), shape, "torch", False)
+        program = trace(reparameterize_model(model), shape, "torch")
         if batches:
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
             from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -218,7 +216,7 @@ def write_torch(model: nn.Module, path: Path, batches: Sequence[Tensor]) -> Run:
             for name in [name for name, _ in quantized.named_parameters() if name not in used]:
                 parent, _, own = name.rpartition(".")  # a weight in float32, which torch would write as well
                 delattr(quantized.get_submodule(parent), own)
-            program = _trace(quantized, shape, "torch", False)
+            program = trace(quantized, shape, "torch")
         torch.export.save(program, path)
         return torch.compile(program.module(), dynamic=False)
 

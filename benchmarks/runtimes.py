@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ import timm
 import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from tqdm import tqdm
 
-from timm_cmt.cli.export import WRITERS
+from timm_cmt.cli.export import FORMATS, ONE_IMAGE, WRITERS, suit, trace
 
 Run = Callable[[Tensor], Tensor]
 Made = tuple[Run | None, Path | None]  # no run: it is only written here; no path: there is no file
@@ -124,15 +125,16 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 # ---- the runtimes
 
 
-def trace(model: nn.Module, images: Tensor) -> ExportedProgram:
-    """For any number of images."""
-    batch = {0: Dim("batch", min=1, max=1024)}
-    return torch.export.export(model, (images,), dynamic_shapes=(batch,))
+def trace_for(to: str, model: nn.Module, images: Tensor) -> ExportedProgram:
+    """As `timm-cmt export` does it."""
+    suited = copy.deepcopy(model)
+    suit(suited, to)
+    return trace(suited, images.shape[1:], to)
 
 
 def trace_one(model: nn.Module, images: Tensor) -> ExportedProgram:
-    with torch.enable_grad():  # attention as products and a softmax, as timm-cmt export writes it for one image
-        return torch.export.export(model, (images[:1],))
+    """For one image, with attention as products and a softmax."""
+    return trace_for(ONE_IMAGE[0], model, images)
 
 
 def one_by_one(run: Run) -> Run:
@@ -145,25 +147,16 @@ def write_script(model: nn.Module, images: Tensor, work: Path) -> Made:
     return torch.jit.freeze(torch.jit.load(path)), path
 
 
-def write_program(model: nn.Module, images: Tensor, work: Path) -> Made:
-    path = work / "program.pt2"
-    return WRITERS["torch"](trace(model, images), path, {}), path
+def write_format(to: str, model: nn.Module, images: Tensor, work: Path) -> Made:
+    path = work / f"{to}{FORMATS[to][0]}"
+    run = WRITERS[to](trace_for(to, model, images), path, {})
+    return one_by_one(run) if to in ONE_IMAGE else run, path
 
 
 def write_inductor(model: nn.Module, images: Tensor, work: Path) -> Made:
     path = work / "inductor.pt2"
-    torch._inductor.aoti_compile_and_package(trace(model, images), package_path=str(path))
+    torch._inductor.aoti_compile_and_package(trace_for("torch", model, images), package_path=str(path))
     return torch._inductor.aoti_load_package(str(path)), path
-
-
-def write_onnx(model: nn.Module, images: Tensor, work: Path) -> Made:
-    path = work / "model.onnx"
-    return WRITERS["onnx"](trace(model, images), path, {}), path
-
-
-def write_openvino(model: nn.Module, images: Tensor, work: Path) -> Made:
-    path = work / "openvino.xml"
-    return WRITERS["openvino"](trace(model, images), path, {}), path
 
 
 def compile_openvino(model: nn.Module, images: Tensor, work: Path) -> Made:
@@ -178,20 +171,10 @@ def write_nncf(model: nn.Module, images: Tensor, work: Path) -> Made:
     import openvino
 
     path = work / "nncf.xml"
-    converted = nncf.compress_weights(openvino.convert_model(trace(model, images)))
+    converted = nncf.compress_weights(openvino.convert_model(trace_for("openvino", model, images)))
     openvino.save_model(converted, path)
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda x: torch.from_numpy(compiled(x.numpy())[0]), path
-
-
-def write_executorch(model: nn.Module, images: Tensor, work: Path) -> Made:
-    path = work / "model.pte"
-    return one_by_one(WRITERS["executorch"](trace_one(model, images), path, {})), path
-
-
-def write_litert(model: nn.Module, images: Tensor, work: Path) -> Made:
-    path = work / "model.tflite"
-    return one_by_one(WRITERS["litert"](trace_one(model, images), path, {})), path
 
 
 def write_tvm(model: nn.Module, images: Tensor, work: Path) -> Made:
@@ -260,14 +243,14 @@ def quantize_torchao(model: nn.Module, images: Tensor, work: Path) -> Made:
 
 RUNTIMES: dict[str, tuple[Callable[[nn.Module, Tensor, Path], Made], list[str]]] = {
     "TorchScript": (write_script, []),
-    "torch.export": (write_program, []),
+    "torch.export": (partial(write_format, "torch"), []),
     "AOTInductor": (write_inductor, []),
-    "onnxruntime": (write_onnx, ["onnxruntime", "onnx", "onnxscript"]),
-    "openvino": (write_openvino, ["openvino"]),
+    "onnxruntime": (partial(write_format, "onnx"), ["onnxruntime", "onnx", "onnxscript"]),
+    "openvino": (partial(write_format, "openvino"), ["openvino"]),
     "openvino by torch.compile": (compile_openvino, ["openvino"]),
     "openvino, int8 weights by nncf": (write_nncf, ["nncf", "openvino"]),
-    "executorch": (write_executorch, ["executorch"]),
-    "litert": (write_litert, ["litert-torch"]),
+    "executorch": (partial(write_format, "executorch"), ["executorch"]),
+    "litert": (partial(write_format, "litert"), ["litert-torch"]),
     "tvm": (write_tvm, ["apache-tvm"]),
     "ncnn": (write_ncnn, ["ncnn", "pnnx"]),
     "coremltools": (write_core_ml, ["coremltools"]),

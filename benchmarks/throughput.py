@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_cmt.cli.cards import TOP1 as CMT_TOP1
-from timm_cmt.cli.export import FORMATS, _quiet, _save_onnx, _suit
+from timm_cmt.cli.export import FORMATS, quiet, save_onnx, suit
 from timm_cmt.cmt import VARIANTS
 
 RUNTIMES = {"onnxruntime": "onnx", "openvino": "openvino"}  # and the format, of timm-cmt export, that each runs
@@ -286,15 +286,15 @@ def make_run(
 @torch.no_grad()
 def make_runtime(model: nn.Module, x: Tensor, mode: str, dtype: str) -> Callable[[], Tensor]:
     """The evaluation of a batch by another program, in a graph of this size and batch."""
-    with _quiet(), tempfile.TemporaryDirectory() as work:
-        _suit(model, "openvino" if mode == "openvino" else "onnx")
+    with quiet(), tempfile.TemporaryDirectory() as work:
+        suit(model, "openvino" if mode == "openvino" else "onnx")
         program = torch.export.export(model, (x,))
         if mode == "openvino":
             import openvino
 
             run = load_runtime(openvino.convert_model(program), mode, dtype)
         else:
-            _save_onnx(program, Path(work) / "model.onnx", {})
+            save_onnx(program, Path(work) / "model.onnx", {})
             run = load_runtime(Path(work) / "model.onnx", mode, dtype)
     return partial(run, x.contiguous())
 

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,3 +86,8 @@ def count_kept(model: torch.nn.Module, x: torch.Tensor) -> int:
     with _Storages() as storages:
         out = model.train()(x)  # noqa: F841 (the graph is there as long as this)
         return sum(n for at, (storage, n) in storages.made.items() if at not in own and not storage.expired())
+
+
+def need(package: str, pip: str = ""):
+    """A package that is not always installed; a test that needs it is skipped, and says so."""
+    return pytest.importorskip(package, reason=f"NOT TESTED: {package}; pip install {pip or package}")

@@ -203,7 +203,7 @@ def test_another_suffix_and_a_file_that_is_there_are_refused(desk, tmp_path, cap
 
 
 def test_a_file_that_differs_from_the_model_is_not_kept(desk, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "_trace", lambda *_: None)
+    monkeypatch.setattr(export, "trace", lambda *_: None)
     monkeypatch.setitem(export.WRITERS, "torch", lambda *_: lambda x: torch.zeros(len(x), 3))
     error = fail(capsys, desk / "mine", "--to", "torch", "--out", tmp_path / "m.pt2")
     assert "differs from the model by 1.0e+00 of its largest output at 64 x 64 pixels" in error

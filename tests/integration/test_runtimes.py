@@ -9,12 +9,8 @@ import os
 import pytest
 import timm
 import torch
-from common import SMALL, images
+from common import SMALL, images, need
 from timm.utils import reparameterize_model
-
-
-def need(package: str, pip: str = ""):
-    return pytest.importorskip(package, reason=f"NOT TESTED: {package}; pip install {pip or package}")
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,13 @@ from functools import partial
 import pytest
 import timm
 import torch
-from common import SMALL, images
+from common import SMALL, images, need
 from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_cmt.cli.convert import convert
-
-
-def need(package: str, pip: str = ""):
-    return pytest.importorskip(package, reason=f"NOT TESTED: {package}; pip install {pip or package}")
 
 
 def small(**kwargs) -> nn.Module:

@@ -31,7 +31,7 @@ from .models import get_cfg
 from .predict import read_picture
 from .quantize import compare, find_pictures, quantize_onnx, quantize_openvino
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["FORMATS", "INT8", "ONE_IMAGE", "WRITERS", "export", "quiet", "save_onnx", "suit", "trace"]
 
 FORMATS = {  # what the file's name ends in, and the packages that write and run it
     "torch": (".pt2", []),
@@ -87,7 +87,7 @@ def export(
     _require(to, dynamic_size, INT8[to] if calibrate else [])
     cfg = get_cfg(model)
     folded = reparameterize_model(model.eval())
-    _suit(folded, to)
+    suit(folded, to)
     facts = {
         "model": cfg["architecture"],
         "labels": list(labels),
@@ -102,11 +102,11 @@ def export(
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work,
         tqdm(total=2 + len(batches), unit="step", desc="torch.export") as bar,
-        _quiet(),
+        quiet(),
         torch.no_grad(),
     ):
         try:
-            program = _trace(folded, cfg["input_size"], to, dynamic_size)
+            program = trace(folded, cfg["input_size"], to, dynamic_size)
             bar.update()
             bar.set_description(f"writing for {to}")
             texts = {key: json.dumps(value) for key, value in facts.items()}
@@ -180,7 +180,8 @@ def _make_batches(model: CMT, to: str, dynamic_size: bool, images: Sequence[Path
                 yield torch.randn(batch, channels, *size, generator=random)
 
 
-def _trace(model: nn.Module, input_size: Sequence[int], to: str, dynamic_size: bool) -> ExportedProgram:
+def trace(model: nn.Module, input_size: Sequence[int], to: str, dynamic_size: bool = False) -> ExportedProgram:
+    """torch's program of a model, for as many images of [C, H, W] as a format takes, or for images of any size."""
     if to in ONE_IMAGE:
         return torch.export.export(model, (torch.zeros(1, *input_size),))
     x = torch.zeros(2, *input_size)  # of one image torch would conclude that there is always one
@@ -205,8 +206,8 @@ class _TokenNorm(nn.Module):
         return x.reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
-def _suit(model: nn.Module, to: str) -> None:
-    """Change layers of a model to such as are faster there."""
+def suit(model: nn.Module, to: str) -> None:
+    """Change a model's layers, in place, to such as a format's runtimes have a kernel for. The outputs stay."""
     for module in list(model.modules()):
         if to in ("onnx", *ONE_IMAGE) and hasattr(module, "fused_attn"):
             # Two runtimes do not know torch's fused attention, and for ONNX it is written with one transpose more.
@@ -224,14 +225,15 @@ def _write_torch(program: ExportedProgram, path: Path, facts: dict[str, str]) ->
 def _write_onnx(program: ExportedProgram, path: Path, facts: dict[str, str], calibration: Sequence[Tensor] = ()) -> Run:
     import onnxruntime
 
-    _save_onnx(program, path, facts)
+    save_onnx(program, path, facts)
     if calibration:
         quantize_onnx(path, calibration)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
-def _save_onnx(program: ExportedProgram, path: Path, facts: dict[str, str]) -> None:
+def save_onnx(program: ExportedProgram, path: Path, facts: dict[str, str]) -> None:
+    """Write a program as ONNX, with input `x` and output `logits`, and facts about it."""
     names: Any = dict(input_names=["x"], output_names=["logits"])
     exported = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)
     if exported is None:
@@ -296,7 +298,7 @@ WRITERS: dict[str, Callable[..., Run]] = {
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporters warn of their own future, and LiteRT prints its steps; what matters here is the comparison."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

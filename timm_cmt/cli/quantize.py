@@ -14,14 +14,14 @@ import torch
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 
-__all__ = ["compare", "find_pictures", "quantize_onnx", "quantize_openvino"]
+__all__ = ["compare", "find_pictures", "measure_agreement", "quantize_onnx", "quantize_openvino"]
 
 MOST = 300  # pictures; more tell little that is new, and take longer
 LEAST_CORRELATION = 0.98  # of the logits with those of the model; what is broken has had 0.5 and less
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder and its subfolders, 300 at most, evenly from all of them.
+def find_pictures(folder: Path, most: int = MOST) -> list[Path]:
+    """The pictures in a folder and its subfolders, so many at most, evenly from all of them.
 
     Raises:
         FileNotFoundError: There is no such folder, or no picture in it.
@@ -34,7 +34,7 @@ def find_pictures(folder: Path) -> list[Path]:
         raise FileNotFoundError(
             f"there is no picture in {folder}; name a folder with {', '.join(sorted(suffixes))}, some hundred of them"
         )
-    count = min(len(found), MOST)
+    count = min(len(found), most)
     return [found[i * len(found) // count] for i in range(count)]
 
 
@@ -104,6 +104,12 @@ def quantize_openvino(converted: Any, batches: Sequence[Tensor]) -> Any:
         )
 
 
+def measure_agreement(expected: Tensor, actual: Tensor) -> tuple[float, float]:
+    """Of logits, [B, classes] twice: which share has the same likeliest class, and the correlation of all."""
+    same = (actual.argmax(1) == expected.argmax(1)).float().mean().item()
+    return same, torch.corrcoef(torch.stack([actual.flatten(), expected.flatten()]))[0, 1].item()
+
+
 def compare(outputs: Sequence[tuple[Tensor, Tensor]]) -> str:
     """How far a quantized file agrees with its model.
 
@@ -117,8 +123,7 @@ def compare(outputs: Sequence[tuple[Tensor, Tensor]]) -> str:
         RuntimeError: The correlation is under 0.98.
     """
     expected, actual = map(torch.cat, zip(*outputs))
-    same = (actual.argmax(1) == expected.argmax(1)).float().mean().item()
-    correlation = torch.corrcoef(torch.stack([actual.flatten(), expected.flatten()]))[0, 1].item()
+    same, correlation = measure_agreement(expected, actual)
     said = f"the same class for {same:.1%} of {len(actual)} pictures, correlation of the logits {correlation:.4f}"
     if not correlation >= LEAST_CORRELATION:  # nor not-a-number
         raise RuntimeError(
