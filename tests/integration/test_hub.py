@@ -92,9 +92,13 @@ def publish(hub, converted, tmp_path, monkeypatch, capsys):
     """`timm-cmt publish` in this process, with the release converted once for all; returns status, output and error."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(
-        "timm_cmt.cli.publish.convert_release", lambda _, out, **more: shutil.copytree(converted, out) and None
-    )
+
+    def convert_release(name: str, out: Path, org: str, space: bool) -> None:
+        shutil.copytree(converted, out)
+        if space:
+            (out / "README.md").write_text(make_card(name, org, space))
+
+    monkeypatch.setattr("timm_cmt.cli.publish.convert_release", convert_release)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     sleep = time.sleep  # the client would wait for 20 s between its attempts
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.1)))
@@ -339,7 +343,7 @@ def test_the_space_is_uploaded_after_its_weights_and_the_card_links_to_it(hub, p
     with pytest.raises(SystemExit):
         exec(files["app.py"], {})  # noqa: S102
     assert asked == ["app", "hf-hub:org/cmt_ti.in1k", "--host", "0.0.0.0"]
-    assert f"(https://huggingface.co/{address})" in make_card("cmt_ti", "org", space=True)
+    assert f"(https://huggingface.co/{address})" in hub.files("org/cmt_ti.in1k")["README.md"].decode()
 
     before = hub.commits(address)
     assert publish("--space")[0] == 0 and hub.commits(address) == before
