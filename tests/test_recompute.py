@@ -1,6 +1,7 @@
 """recompute_act: the gradients and statistics of plain training, from fewer saved activations."""
 
 import copy
+from collections import Counter
 
 import pytest
 import timm
@@ -8,6 +9,7 @@ import torch
 from common import SMALL, count_kept, images
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL_FEATURES = {key: value for key, value in SMALL.items() if key != "num_classes"}
 
@@ -39,6 +41,38 @@ def assert_same_step(
 
 def test_loss_gradients_and_running_statistics_are_those_of_plain_training():
     assert_same_step(make(False), make(True))
+
+
+class Counts(TorchDispatchMode):
+    """How often each operator has run in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.of[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_convolution_or_matrix_product_runs_twice():
+    with Counts() as plain:
+        step(make(False), images())
+    with Counts() as other:
+        step(make(True), images())
+    assert other.of["gelu"] > plain.of["gelu"] > 0
+    for product in ("convolution", "mm", "addmm", "bmm"):
+        assert other.of[product] == plain.of[product], product
+
+
+def test_second_gradients_are_those_of_plain_training():
+    plain, other, x = make(False).double(), make(True).double(), images().double().requires_grad_()
+    for model in (plain, other):
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+    for (name, a), b in zip(other.named_parameters(), plain.parameters()):
+        if b.grad is not None:  # the last bias has none
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
 def test_in_float32_to_rounding():

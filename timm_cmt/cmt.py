@@ -327,7 +327,7 @@ class Stage(nn.Module):
         grid_size: (height, width) of the stage's output in tokens, at the size the model is built for.
         drop_path: Drop-path probability of each block.
         block_layer, downsample_layer: The blocks, and the patch aggregation.
-        num_heads, sr_ratio, recompute_act: As in `Block` and `CMT`.
+        num_heads, sr_ratio: As in `Block`.
     """
 
     def __init__(
@@ -341,14 +341,12 @@ class Stage(nn.Module):
         drop_path: list[float],
         block_layer: Layer = Block,
         downsample_layer: Layer = PatchAggregation,
-        recompute_act: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grad_checkpointing = False
-        self.recompute_act = recompute_act
         self.downsample = downsample_layer(in_dim, dim, **dd)
         self.rel_pos_bias = RelPosBias(num_heads, grid_size, sr_ratio=sr_ratio, **dd)
         self.blocks = nn.ModuleList(
@@ -362,8 +360,7 @@ class Stage(nn.Module):
             if torch.jit.is_scripting():
                 x = block(x, bias)
             else:
-                recompute_act = self.recompute_act and self.training
-                x = run_block(block, x, bias, checkpointing=self.grad_checkpointing, keep_products=recompute_act)
+                x = run_block(block, x, bias, checkpointing=self.grad_checkpointing)
         return x
 
 
@@ -404,8 +401,8 @@ class CMT(nn.Module):
         stem_layer: The stem; one whose `stride` is 4 takes the place of the first patch aggregation as well.
         lpu_layer, attn_layer, mlp_layer: The three modules of each block.
         final_layer, head_width: The last layer before the pooling, and its channels.
-        recompute_act: In eager training, keep what convolutions, matrix products and attention return, and compute the
-            rest of each block anew in the backward pass: about half the memory. There are no second gradients.
+        recompute_act: In eager training, keep nothing that GELU and BatchNorm return in stem and IRFFN, and compute it
+            again in the backward pass: about half the memory.
 
     Raises:
         ValueError: An image size under 32, or a number of heads that does not divide its stage's channels.
@@ -453,7 +450,7 @@ class CMT(nn.Module):
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         layers: Any = dict(norm_layer=block_norm, lpu_layer=lpu_layer, attn_layer=attn_layer, mlp_layer=mlp_layer)
         layers.update(mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, act_layer=act_layer)
-        stage: Layer = partial(Stage, block_layer=partial(Block, **layers), recompute_act=recompute_act, **dd)
+        stage: Layer = partial(Stage, block_layer=partial(Block, **layers), **dd)
         downsample_layer = partial(PatchAggregation, norm_layer=downsample_norm)
 
         self.stem = stem_layer(in_chans, stem_width, act_layer=act_layer, **dd)
@@ -469,6 +466,9 @@ class CMT(nn.Module):
         self.final_conv = final_layer(dims[-1], head_width, **dd)
         self.global_pool, head = create_classifier(head_width, num_classes, pool_type=global_pool, **dd)
         self.head_drop, self.head = nn.Dropout(drop_rate), head
+        for module in self.modules():
+            if isinstance(module, ActNormConv):
+                module.recompute = recompute_act
 
         self.init_weights()
         self.register_load_state_dict_pre_hook(_adapt_checkpoint)

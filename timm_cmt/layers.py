@@ -1,8 +1,7 @@
 """The layers that timm and torch do not have, and all that CMT knows of memory layout, kernels and recomputation."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ import torch.nn.functional as F
 from timm.layers import GELU, LayerType, get_act_layer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -28,9 +26,12 @@ class ActNormConv(nn.Module):
         shortcut: Add Y.
         drop: Dropout probability after the norm.
         norm_layer: What stands for BatchNorm.
+
+    With `recompute` set, training keeps X alone and computes Y again in the backward pass.
     """
 
     shortcut: torch.jit.Final[bool]
+    recompute: bool
 
     def __init__(
         self,
@@ -48,16 +49,24 @@ class ActNormConv(nn.Module):
         self.drop = nn.Dropout(drop)
         self.conv = conv
         self.shortcut = shortcut
+        self.recompute = False
         self.reparam_conv: nn.Conv2d | None = None  # takes the place of `conv` in a folded model
         self.register_load_state_dict_pre_hook(refuse_other_kind)
 
     def forward(self, x: Tensor) -> Tensor:
-        overwrite = False
         if torch.jit.is_scripting():
-            y = self.norm(self.act(x))
+            return self._convolve(self.norm(self.act(x)), False)
         else:
-            overwrite = self._can_overwrite(x)
-            y = _act_norm(x, self.act, self.norm, overwrite)
+            if self.recompute and self.training and _is_eager(x):
+                return run_twice(self, self._forward, x)
+            return self._forward(x)
+
+    @torch.jit.unused
+    def _forward(self, x: Tensor) -> Tensor:
+        overwrite = self._can_overwrite(x)
+        return self._convolve(_act_norm(x, self.act, self.norm, overwrite), overwrite)
+
+    def _convolve(self, y: Tensor, overwrite: bool) -> Tensor:
         y = self.drop(y)
         if self.reparam_conv is not None:
             return self.reparam_conv(y)
@@ -218,13 +227,13 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_p: float) -> Tensor:
-    """softmax(q k^T * scale + bias) v by torch's fused kernels.
+    """softmax(q k^T * scale + bias) v by torch's fused kernels, where they are the better choice.
 
     [B, heads, N, d], [B, heads, M, d] twice, [1, heads, N, M] -> [B, heads, N, d]
     """
-    if q.device.type == "cpu" and not is_without_grad():
-        # The CPU's fused kernel has no gradient of the bias. torch.func's transforms choose it all the same, and
-        # exporters take it for what it is not.
+    # The CPU's fused kernel has no gradient of the bias. torch.func's transforms choose it all the same, and exporters
+    # take it for what it is not. A GPU's kernels take heads of 16, 32, ... bytes; for others torch has a slower way.
+    if (q.device.type == "cpu" and not is_without_grad()) or (q.is_cuda and q.shape[-1] * q.element_size() % 16):
         attn = (q * scale) @ k.transpose(-2, -1) + bias
         return F.dropout(attn.softmax(dim=-1), dropout_p) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
@@ -262,52 +271,31 @@ def _is_eager(x: Tensor) -> bool:
 # ---- recomputation
 
 
-def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool = False, keep_products: bool = False) -> Tensor:
-    """block(*inputs), computed again in the backward pass if asked; BatchNorm's running statistics move once.
-
-    Args:
-        block: The module.
-        inputs: Its inputs.
-        checkpointing: Keep the inputs alone for the backward pass.
-        keep_products: Keep what convolutions, matrix products and attention return as well, so that only what is
-            element-wise is computed again. Left to `torch.compile`, which decides this by itself.
-    """
+def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool = False) -> Tensor:
+    """block(*inputs), in training computed again in the backward pass if asked."""
     if not _is_eager(inputs[0]):
         return torch_checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
     # A forward pass within a backward pass is a checkpoint's second one, whoever made the checkpoint (timm's feature
     # extractors make their own). No public name tells of a backward pass.
     with _StatisticsKept(block) if torch._C._current_graph_task_id() != -1 else nullcontext():
-        if not checkpointing and not keep_products:
-            return block(*inputs)
-        contexts = partial(_make_contexts, block, keep_products and not checkpointing)
-        return torch_checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+        return run_twice(block, block, *inputs) if checkpointing else block(*inputs)
 
 
-def _make_contexts(block: nn.Module, keep_products: bool) -> tuple[Any, Any]:
-    """What torch's checkpoint runs the first and the second forward pass in."""
-    if not keep_products:
-        return nullcontext(), _StatisticsKept(block)
-    first, second = create_selective_checkpoint_contexts(_policy)
-    return first, _StatisticsKept(block, second)
+def run_twice(module: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """call(*inputs), and again in the backward pass; the running statistics of the module's BatchNorms move once.
 
-
-def _policy(_: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if _is_product(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@cache  # asked for every operator of every step
-def _is_product(op: Callable[..., Any]) -> bool:
-    return any(word in str(op) for word in ("convolution", "mm", "attention"))
+    torch ends the second run when it has what the backward pass needs. So a convolution at the end runs once.
+    """
+    return torch_checkpoint(
+        call, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _StatisticsKept(module))
+    )
 
 
 class _StatisticsKept:
-    """In this context, BatchNorms in training leave their running statistics as they are. It can be entered again.
+    """In this context, BatchNorms in training leave their running statistics as they are. It can be entered again."""
 
-    Within it, `mode` is on, which sees none of what that takes.
-    """
-
-    def __init__(self, block: nn.Module, mode: AbstractContextManager[Any] | None = None):
-        self.block, self.mode = block, mode or nullcontext()
+    def __init__(self, block: nn.Module):
+        self.block = block
         self.before: list[tuple[Any, Any, Tensor]] = []
 
     def __enter__(self) -> None:
@@ -316,10 +304,8 @@ class _StatisticsKept:
         for norm in norms:
             self.before.append((norm, norm.momentum, norm.num_batches_tracked))
             norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
-        self.mode.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self.mode.__exit__(*error)
         for norm, momentum, count in self.before:
             norm.momentum, norm.num_batches_tracked = momentum, count
         self.before.clear()
