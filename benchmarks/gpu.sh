@@ -44,9 +44,10 @@ models=(cmt_s deit_small_patch16_224)
 common=(--dtype bfloat16 --channels-last --batch-size 128 --rounds 20)
 throughput=(--models "${models[@]}" --modes eager reparam train recompute "${common[@]}")
 compiled=(--models "${models[@]}" --modes eager compile "${common[@]}") # apart, for it may take too long
-memory=(--models "${models[@]}" --dtype bfloat16 --batch-size 32)
+memory=(--models cmt_s --dtype bfloat16 --batch-size 32)
+[ -z "$authors" ] || memory+=(--models authors:cmt_s cmt_s --authors "$authors")
 image_size=(--model cmt_s --batch-size 32)
-limits=(190 90 125 85 35) # seconds of the five parts
+limits=(120 75 200 90 40) # seconds of the five parts
 if [ $device = cpu ]; then
     throughput=(--models cmt_ti deit_tiny_patch16_224 --modes eager reparam train recompute --size 64 --batch-size 2
         --rounds 2)
@@ -69,8 +70,12 @@ part() { # NAME SECONDS COMMAND...: stdout into NAME.md, everything into NAME.lo
 }
 
 export TIMM_CMT_TEST_DEVICE=$device PYTHONUNBUFFERED=1
-# Without the folder that Python is started in, so that the package is the installed one.
-part tests "${limits[0]}" env PYTHONSAFEPATH=1 "$python" -m pytest -p no:cacheprovider --durations=5 tests/test_cuda.py
+# With pytest-xdist, six at a time: compiling takes most of it. Without the folder that Python is started in, so that
+# the package is the installed one.
+many=$("$python" -c 'import xdist; print("-n 6")' 2> "$work/import.log")
+[ $device = cuda ] || many=
+part tests "${limits[0]}" env PYTHONSAFEPATH=1 "$python" -m pytest -p no:cacheprovider --durations=5 $many \
+    --show-capture=no tests/test_cuda.py
 benchmark() { # NAME SECONDS SCRIPT OPTIONS...
     part "$1" "$2" "$python" "benchmarks/$3.py" --device $device --json "$work/$1.json" "${@:4}"
 }
