@@ -231,9 +231,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_
 
     [B, heads, N, d], [B, heads, M, d] twice, [1, heads, N, M] -> [B, heads, N, d]
     """
-    # The CPU's fused kernel has no gradient of the bias. torch.func's transforms choose it all the same, and exporters
-    # take it for what it is not. A GPU's kernels take heads of 16, 32, ... bytes; for others torch has a slower way.
-    if (q.device.type == "cpu" and not is_without_grad()) or (q.is_cuda and q.shape[-1] * q.element_size() % 16):
+    # With gradients: the CPU's fused kernel has none of the bias, torch.func's transforms choose it all the same, and
+    # exporters take it for what it is not. Compiled, the bias may be misaligned for a GPU's (pytorch issue 121943).
+    by_formula = (q.device.type == "cpu" or torch.compiler.is_compiling()) and not is_without_grad()
+    # A GPU's fused kernels take heads of 16, 32, ... bytes. For others torch has a slower way than this.
+    if by_formula or (q.is_cuda and q.shape[-1] * q.element_size() % 16 != 0):
         attn = (q * scale) @ k.transpose(-2, -1) + bias
         return F.dropout(attn.softmax(dim=-1), dropout_p) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
