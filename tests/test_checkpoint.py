@@ -204,8 +204,15 @@ def test_transposed_sizes_are_told_apart():
 # ---- what does not fit
 
 
-@pytest.mark.parametrize("layout", ["authors'", "ours"])
-@pytest.mark.parametrize(("given", "wanted"), [("cmt_s", "cmt_xs"), ("cmt_b", "cmt_ti"), ("cmt_ti", "cmt_s")])
+@pytest.mark.parametrize(
+    ("given", "wanted", "layout"),
+    [
+        ("cmt_s", "cmt_xs", "authors'"),
+        ("cmt_b", "cmt_ti", "authors'"),
+        ("cmt_ti", "cmt_s", "authors'"),
+        ("cmt_ti", "cmt_s", "ours"),
+    ],
+)
 def test_another_variant_is_named(given, wanted, layout):
     weights = authors_weights(given) if layout == "authors'" else timm.create_model(given).state_dict()
     message = refused(timm.create_model(wanted), weights)

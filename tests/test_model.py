@@ -49,8 +49,9 @@ def test_parameters_are_the_table_s(name):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("name", GMACS)
+@pytest.mark.parametrize(
+    ("name", "context"), [*((name, torch.no_grad) for name in GMACS), ("cmt_ti", torch.inference_mode)]
+)
 def test_gmacs_are_the_table_s(name, context):
     model = create(name, fused_attn=False, device="meta").eval()
     size = SIZES[name]
@@ -91,8 +92,7 @@ def test_outputs_are_those_of_the_authors_code(name, size):
             assert relative_error(ours, torch.from_numpy(theirs)) < 1e-4
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("name", WITH_WEIGHTS)
+@pytest.mark.parametrize(("name", "fused"), [*((name, True) for name in WITH_WEIGHTS), ("cmt_ti", False)])
 def test_evaluation_is_the_paper_s_equations(name, fused):
     weights = authors_weights(name, seed=1)
     model = create(name, fused_attn=fused).eval()
@@ -250,8 +250,7 @@ def test_init_weights_after_to_empty_makes_a_whole_model():
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 has no fake GPU where there is no real one")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("training", "recompute"), [(False, False), (True, False), (True, True)])
 def test_a_model_on_a_gpu_mixes_in_no_tensor_of_the_cpu(training, recompute, dtype, monkeypatch):
     """By fake tensors, which have a device and no values: forward passes alone, since gradients want a real device."""
     monkeypatch.setattr(layers, "_is_eager", lambda _: True)  # the way of tensors that have values
