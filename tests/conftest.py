@@ -49,7 +49,7 @@ def pytest_terminal_summary(terminalreporter, config):
             "NOT TESTED: other programs (timm's suite and scripts, the Hub, exporters, detection, the demo). "
             "Run pytest tests/integration -n 2 --dist loadfile"
         )
-    for report in terminalreporter.getreports("passed"):
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, line in report.user_properties:
             if name == "figures":
                 terminalreporter.write_line(f"    {line}")

@@ -401,8 +401,8 @@ class CMT(nn.Module):
         stem_layer: The stem; one whose `stride` is 4 takes the place of the first patch aggregation as well.
         lpu_layer, attn_layer, mlp_layer: The three modules of each block.
         final_layer, head_width: The last layer before the pooling, and its channels.
-        recompute_act: In eager training, keep nothing that GELU and BatchNorm return in stem and IRFFN, and compute it
-            again in the backward pass: about half the memory.
+        recompute_act: In eager training, compute each GELU and BatchNorm before a convolution again in the backward
+            pass, which then needs about half of what is kept for it.
 
     Raises:
         ValueError: An image size under 32, or a number of heads that does not divide its stage's channels.

@@ -27,11 +27,11 @@ class ActNormConv(nn.Module):
         drop: Dropout probability after the norm.
         norm_layer: What stands for BatchNorm.
 
-    With `recompute` set, training keeps X alone and computes Y again in the backward pass.
+    Where `recompute` is set, eager training keeps X alone and computes Y again in the backward pass.
     """
 
     shortcut: torch.jit.Final[bool]
-    recompute: bool
+    recompute = False
 
     def __init__(
         self,
@@ -49,24 +49,22 @@ class ActNormConv(nn.Module):
         self.drop = nn.Dropout(drop)
         self.conv = conv
         self.shortcut = shortcut
-        self.recompute = False
         self.reparam_conv: nn.Conv2d | None = None  # takes the place of `conv` in a folded model
         self.register_load_state_dict_pre_hook(refuse_other_kind)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._convolve(self.norm(self.act(x)), False)
-        else:
+        if not torch.jit.is_scripting():  # TorchScript reads no further here
             if self.recompute and self.training and _is_eager(x):
-                return run_twice(self, self._forward, x)
-            return self._forward(x)
+                return run_twice(self, self._compute, x)
+        return self._compute(x)
 
-    @torch.jit.unused
-    def _forward(self, x: Tensor) -> Tensor:
-        overwrite = self._can_overwrite(x)
-        return self._convolve(_act_norm(x, self.act, self.norm, overwrite), overwrite)
-
-    def _convolve(self, y: Tensor, overwrite: bool) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
+        overwrite = False
+        if torch.jit.is_scripting():
+            y = self.norm(self.act(x))
+        else:
+            overwrite = self._can_overwrite(x)
+            y = _act_norm(x, self.act, self.norm, overwrite)
         y = self.drop(y)
         if self.reparam_conv is not None:
             return self.reparam_conv(y)
@@ -231,10 +229,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_
 
     [B, heads, N, d], [B, heads, M, d] twice, [1, heads, N, M] -> [B, heads, N, d]
     """
-    # With gradients: the CPU's fused kernel has none of the bias, torch.func's transforms choose it all the same, and
-    # exporters take it for what it is not. Compiled, the bias may be misaligned for a GPU's (pytorch issue 121943).
+    # The CPU's fused kernel has no gradient of the bias. torch.func's transforms choose it all the same, and exporters
+    # take it for what it is not. Compiled, the bias may be misaligned for a GPU's kernel (pytorch issue 121943).
     by_formula = (q.device.type == "cpu" or torch.compiler.is_compiling()) and not is_without_grad()
-    # A GPU's fused kernels take heads of 16, 32, ... bytes. For others torch has a slower way than this.
+    # A GPU's fused kernels take heads of a multiple of 16 bytes. For others torch falls back to a slower way.
     if by_formula or (q.is_cuda and q.shape[-1] * q.element_size() % 16 != 0):
         attn = (q * scale) @ k.transpose(-2, -1) + bias
         return F.dropout(attn.softmax(dim=-1), dropout_p) @ v

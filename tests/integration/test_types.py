@@ -5,6 +5,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +42,9 @@ def python(wheel, tmp_path_factory) -> str:
 def test_a_program_that_is_right_passes_and_one_that_is_wrong_does_not(python, tmp_path):
     (tmp_path / "right.py").write_text(PROGRAM)
     (tmp_path / "wrong.py").write_text(PROGRAM.replace("num_classes=10", 'num_classes="ten"'))
-    options = ["--python-executable", python, "--cache-dir", str(tmp_path / "mypy"), "--no-error-summary"]
+    root = Path(__file__).parents[2]  # with its options, mypy has torch's types already where it has run there before
+    options = ["--config-file", str(root / "pyproject.toml"), "--cache-dir", str(root / ".mypy_cache")]
+    options += ["--python-executable", python, "--no-error-summary"]
     command = [sys.executable, "-m", "mypy", *options, "right.py", "wrong.py"]  # in one run, since torch is large
     (error,) = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.splitlines()
     assert error.startswith("wrong.py:7: error:") and '"num_classes" to "CMT" has incompatible type "str"' in error
