@@ -71,14 +71,14 @@ def main() -> None:
         demo = args.demo or work / "demo"
         if not args.demo:
             run_demo(demo)
-        accuracy = measure_accuracy(demo, runs, args.pictures, work)
+        accuracy = measure_accuracy(demo, runs, args.pictures, work, args.batch_size)
         quantize.LEAST_CORRELATION = -1.0  # what random weights answer means nothing
         torch.manual_seed(0)
         model = timm.create_model(args.model, **(dict(img_size=args.size) if args.size else {}))
         height = get_cfg(model)["input_size"][1]
         crops = write_crops(work / "crops", 16, height)
         settle(model, torch.stack([read_picture(model, path) for path in crops]))
-        sizes, loaded = write_and_load(model, runs, crops, work)
+        sizes, loaded = write_and_load(model, runs, crops, work, args.batch_size)
         seconds = time_runs(loaded, torch.randn(args.batch_size, *get_cfg(model)["input_size"]), args.rounds)
 
     rows = []
@@ -117,7 +117,7 @@ def main() -> None:
         part.replace(args.json)
 
 
-def measure_accuracy(demo: Path, runs: Sequence[tuple], count: int, work: Path) -> dict[tuple, dict]:
+def measure_accuracy(demo: Path, runs: Sequence[tuple], count: int, work: Path, batch_size: int) -> dict[tuple, dict]:
     """Of each run, of the demo's model: top-1 on the held-out digits, and agreement with the model itself."""
     model, _ = open_model(str(demo / "last.pth.tar" if demo.is_dir() else demo))
     digits = (demo if demo.is_dir() else demo.parent) / "digits"
@@ -125,7 +125,7 @@ def measure_accuracy(demo: Path, runs: Sequence[tuple], count: int, work: Path) 
     calibration.mkdir()
     for path in quantize.find_pictures(digits / "train", count):
         (calibration / f"{path.parent.name}-{path.name}").symlink_to(path.resolve())
-    sizes, loaded = write_and_load(model, runs, sorted(calibration.iterdir()), work)
+    sizes, loaded = write_and_load(model, runs, sorted(calibration.iterdir()), work, batch_size)
     held_out = sorted((digits / "validation").rglob("*.png"))
     labels = torch.tensor([int(path.parent.name) for path in held_out])
     photographs = write_crops(work / "photographs", count, get_cfg(model)["input_size"][1])
@@ -175,7 +175,7 @@ def settle(model: nn.Module, x: Tensor) -> None:
 
 @torch.no_grad()
 def write_and_load(
-    model: nn.Module, runs: Sequence[tuple], pictures: Sequence[Path], work: Path
+    model: nn.Module, runs: Sequence[tuple], pictures: Sequence[Path], work: Path, batch_size: int
 ) -> tuple[dict[tuple, int], dict[tuple, Run]]:
     """Bytes of each run's file, and the file as its runtime runs it."""
     folder = Path(tempfile.mkdtemp(dir=work))
@@ -186,9 +186,8 @@ def write_and_load(
         path = folder / f"{runtime}-{bits}{suffix}"
         calibrate = pictures[0].parent if bits == "int8" else None
         if runtime == "torch":
-            loaded[run] = write_torch(
-                model, path, [read_picture(model, p)[None] for p in pictures] if calibrate else []
-            )
+            batches = [read_picture(model, picture)[None] for picture in pictures] if calibrate else []
+            loaded[run] = write_torch(model, path, batches, batch_size)
         else:
             if not path.exists():
                 print(export(model, [], path, to, calibrate=calibrate), file=sys.stderr)
@@ -197,8 +196,8 @@ def write_and_load(
     return sizes, loaded
 
 
-def write_torch(model: nn.Module, path: Path, batches: Sequence[Tensor]) -> Run:
-    """torch's program, in 8 bits where there are pictures, as a file, and compiled by inductor."""
+def write_torch(model: nn.Module, path: Path, batches: Sequence[Tensor], batch_size: int) -> Run:
+    """torch's program, in 8 bits where there are pictures, as a file, and compiled for batches of one size."""
     with quiet():
         shape = get_cfg(model)["input_size"]
         program = trace(reparameterize_model(model), shape, "torch")
@@ -218,7 +217,13 @@ def write_torch(model: nn.Module, path: Path, batches: Sequence[Tensor]) -> Run:
                 delattr(quantized.get_submodule(parent), own)
             program = trace(quantized, shape, "torch")
         torch.export.save(program, path)
-        return torch.compile(program.module(), dynamic=False)
+        compiled = torch.compile(program.module(), dynamic=False)
+
+    def run(x: Tensor) -> Tensor:
+        parts = [compiled(nn.functional.pad(part, [0] * 7 + [batch_size - len(part)])) for part in x.split(batch_size)]
+        return torch.cat(parts)[: len(x)]
+
+    return run
 
 
 @torch.no_grad()
