@@ -53,18 +53,18 @@ class ActNormConv(nn.Module):
         self.register_load_state_dict_pre_hook(refuse_other_kind)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # TorchScript reads no further here
+        if torch.jit.is_scripting():
+            return self._convolve(self.norm(self.act(x)), False)
+        else:
             if self.recompute and self.training and _is_eager(x):
                 return run_twice(self, self._compute, x)
-        return self._compute(x)
+            return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
-        overwrite = False
-        if torch.jit.is_scripting():
-            y = self.norm(self.act(x))
-        else:
-            overwrite = self._can_overwrite(x)
-            y = _act_norm(x, self.act, self.norm, overwrite)
+        overwrite = self._can_overwrite(x)
+        return self._convolve(_act_norm(x, self.act, self.norm, overwrite), overwrite)
+
+    def _convolve(self, y: Tensor, overwrite: bool) -> Tensor:
         y = self.drop(y)
         if self.reparam_conv is not None:
             return self.reparam_conv(y)
@@ -231,7 +231,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_
     """
     # The CPU's fused kernel has no gradient of the bias. torch.func's transforms choose it all the same, and exporters
     # take it for what it is not. Compiled, the bias may be misaligned for a GPU's kernel (pytorch issue 121943).
-    by_formula = (q.device.type == "cpu" or torch.compiler.is_compiling()) and not is_without_grad()
+    by_formula = (q.device.type == "cpu" or _is_recorded()) and not is_without_grad()
     # A GPU's fused kernels take heads of a multiple of 16 bytes. For others torch falls back to a slower way.
     if by_formula or (q.is_cuda and q.shape[-1] * q.element_size() % 16 != 0):
         attn = (q * scale) @ k.transpose(-2, -1) + bias
