@@ -6,8 +6,8 @@
 # does not stop the next one. The exit status is 0 where all went well.
 #
 # Nothing is downloaded. FOLDER (dist by default) holds wheels of this package and of timm, and of what else the machine
-# lacks: pytest, pytest-xdist, execnet, tqdm, huggingface_hub, safetensors, pyyaml. They are installed without their dependencies into a folder
-# of their own, so that the machine's torch stays as it is:
+# lacks: pytest, pytest-xdist, execnet, tqdm, huggingface_hub, safetensors, pyyaml. They are installed without their
+# dependencies into a folder of their own, so that the machine's torch stays as it is:
 #   python -m build --wheel && pip download --no-deps --dest dist timm
 # CMT.PY, of a clone of the authors' code, is measured too. --cpu runs the same lines on the CPU at tiny sizes.
 set -uo pipefail
@@ -39,13 +39,13 @@ else
     echo "no wheels in ${wheels:-dist}: what is installed is measured"
 fi
 
-models=(cmt_s deit_small_patch16_224)
-[ -z "$authors" ] || models=(authors:cmt_s "${models[@]}" --authors "$authors")
+ours=(cmt_s) given=()
+[ -z "$authors" ] || ours=(authors:cmt_s cmt_s) given=(--authors "$authors")
+models=("${ours[@]}" deit_small_patch16_224 "${given[@]}")
 common=(--dtype bfloat16 --channels-last --batch-size 128 --rounds 20)
 throughput=(--models "${models[@]}" --modes eager reparam train recompute "${common[@]}")
 compiled=(--models "${models[@]}" --modes eager compile "${common[@]}") # apart, for it may take too long
-memory=(--models cmt_s --dtype bfloat16 --batch-size 32)
-[ -z "$authors" ] || memory+=(--models authors:cmt_s cmt_s --authors "$authors")
+memory=(--models "${ours[@]}" "${given[@]}" --dtype bfloat16 --batch-size 32)
 image_size=(--model cmt_s --batch-size 32)
 limits=(120 75 200 90 40) # seconds of the five parts
 if [ $device = cpu ]; then
@@ -70,11 +70,10 @@ part() { # NAME SECONDS COMMAND...: stdout into NAME.md, everything into NAME.lo
 }
 
 export TIMM_CMT_TEST_DEVICE=$device PYTHONUNBUFFERED=1
-# With pytest-xdist, six at a time: compiling takes most of it. Without the folder that Python is started in, so that
-# the package is the installed one.
-many=$("$python" -c 'import xdist; print("-n 6")' 2> "$work/import.log")
-[ $device = cuda ] || many=
-[ -n "$many" ] || limits[0]=$((limits[0] + 70))
+# On a GPU six at a time, or compiling takes too long. Without the folder that Python is started in, so that the package
+# is the installed one.
+many=
+[ $device = cpu ] || many="-n 6"
 part tests "${limits[0]}" env PYTHONSAFEPATH=1 "$python" -m pytest -p no:cacheprovider --durations=5 $many \
     --show-capture=no tests/test_cuda.py
 benchmark() { # NAME SECONDS SCRIPT OPTIONS...

@@ -402,7 +402,7 @@ class CMT(nn.Module):
         lpu_layer, attn_layer, mlp_layer: The three modules of each block.
         final_layer, head_width: The last layer before the pooling, and its channels.
         recompute_act: In eager training, compute each GELU and BatchNorm before a convolution again in the backward
-            pass, which then needs about half of what is kept for it.
+            pass. About half as much is kept for it.
 
     Raises:
         ValueError: An image size under 32, or a number of heads that does not divide its stage's channels.

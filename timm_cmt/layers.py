@@ -272,7 +272,7 @@ def _is_eager(x: Tensor) -> bool:
 
 
 def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool = False) -> Tensor:
-    """block(*inputs), in training computed again in the backward pass if asked."""
+    """block(*inputs), computed again in the backward pass if asked."""
     if not _is_eager(inputs[0]):
         return torch_checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)
     # A forward pass within a backward pass is a checkpoint's second one, whoever made the checkpoint (timm's feature
