@@ -224,13 +224,17 @@ def test_the_resized_bias_stays_float32_under_autocast(dtype, device):
 
 @HALVES
 @pytest.mark.parametrize("name", ["cmt_s", "cmt_l"])  # of 64 and of 88 channels a head
-def test_heads_of_a_multiple_of_16_bytes_have_a_fused_kernel(name, dtype, device):
+def test_heads_of_a_multiple_of_16_bytes_have_a_fused_kernel(name, dtype, device, monkeypatch):
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kw: calls.append(args) or sdpa(*args, **kw))
     fused = [kernel for kernel in SDPBackend.__members__.values() if kernel.name.endswith("ATTENTION")]
     model = make(name, depths=(1, 1, 1, 1)).to(device)
     with sdpa_kernel(fused), torch.autocast(device.type, dtype=dtype):  # raises where there is none
         with torch.no_grad():
             model(images().to(device))
+        assert len(calls) == 4  # a block a stage
         model.train()(images().to(device)).float().square().mean().backward()
+    assert len(calls) == (4 if device.type == "cpu" else 8)  # the CPU's has no gradient of the bias
     assert all(param.grad.isfinite().all() for param in model.parameters())
 
 

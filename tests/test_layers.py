@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from common import SMALL, images
 from timm.layers import set_fused_attn
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torchvision.models.feature_extraction import create_feature_extractor
+
+from timm_cmt import layers
 
 
 def make(seed: int = 0, **kwargs) -> nn.Module:
@@ -190,6 +193,25 @@ def test_scripted_and_exported_inference_reaches_the_fused_kernel(how):
         with torch.profiler.profile() as profiler:
             run(images())
     assert any("flash_attention_for_cpu" in event.key for event in profiler.key_averages())
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 has no fake GPU where there is no real one")
+@pytest.mark.parametrize(
+    ("channels", "compiled", "gradients", "is_fused"),
+    [(64, False, False, True), (64, False, True, True), (64, True, False, True), (64, True, True, False)]
+    + [(46, False, False, False), (46, False, True, False)],
+)
+def test_on_a_gpu_attention_is_fused_where_heads_fit_unless_compiled_with_gradients(
+    channels, compiled, gradients, is_fused, monkeypatch
+):
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kw: calls.append(args) or sdpa(*args, **kw))
+    monkeypatch.setattr(layers, "_is_recorded", lambda: compiled)
+    with FakeTensorMode(), torch.set_grad_enabled(gradients):
+        q, k, v = (torch.empty(2, 1, n, channels, device="cuda", dtype=torch.bfloat16) for n in (16, 4, 4))
+        bias = torch.empty(1, 1, 16, 4, device="cuda", dtype=torch.bfloat16, requires_grad=gradients)
+        assert layers.attend(q, k, v, bias, channels**-0.5, 0.0).shape == q.shape
+    assert bool(calls) == is_fused
 
 
 # ---- torch.func, forward-mode derivatives, FX, traces
