@@ -28,7 +28,8 @@ def _register_and_keep(operator, name):
 torch.jit._builtins._register_builtin = _register_and_keep
 
 INTEGRATION = Path(__file__).parent / "integration"
-LONGEST = ["test_timm_suite.py", "test_demo.py", "test_detection.py"]  # minutes each: pytest -n has to begin with them
+# pytest -n has to begin with them, or one process is left over with one at the end.
+LONGEST = ["test_timm_suite.py", "test_demo.py", "test_detection.py", "test_registration.py"]
 
 
 def pytest_configure(config):

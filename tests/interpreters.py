@@ -12,6 +12,15 @@ from common import MODELS
 SHOW = "import timm; print(*sorted(timm.list_models('cmt*')))"
 FIVE = " ".join(sorted(MODELS))
 
+# Takes packages out of sys.modules, as notebooks and test-suites do.
+PURGE = """
+import sys
+
+def purge(*packages):
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+"""
+
 # Forks one child for each line it reads, and answers with the child's exit status.
 _FORKS = """
 import gc, json, os, signal, sys, traceback

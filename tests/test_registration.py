@@ -4,13 +4,12 @@ that imports torchvision; `import torch` never pays or breaks.
 tests/integration/test_imports.py has what takes other programs: workers, zips, PyInstaller, jaxtyping's import hook.
 """
 
-import pkgutil
 import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
-from interpreters import FIVE, SHOW, Forks, python, said
+from interpreters import FIVE, PURGE, SHOW, Forks, python, said
 
 import timm_cmt
 
@@ -118,14 +117,6 @@ def test_public_names_are_there_and_others_are_not(forks):
 
 # ---- reloaded, or purged from sys.modules as notebooks and test-suites do
 
-PURGE = """
-import sys
-
-def purge(*packages):
-    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
-        del sys.modules[name]
-"""
-
 
 @pytest.mark.parametrize(
     "before", ["", "import timm_cmt.cmt; importlib.reload(timm_cmt.cmt)", "import timm; purge('timm')"]
@@ -158,22 +149,6 @@ def test_purged_and_imported_again_timm_has_the_models(forks, packages):
         assert checkpoint is sys.modules["timm_cmt.checkpoint"]
     """
     assert said(forks.run(f"{PURGE}{textwrap.dedent(code)}\n{SHOW}")) == FIVE
-
-
-def test_any_file_of_the_package_can_be_imported_first(forks):
-    modules = [module.name for module in pkgutil.walk_packages(timm_cmt.__path__, "timm_cmt.")]
-    modules = [name for name in modules if "_pyinstaller" not in name and not name.endswith("__main__")]
-    code = f"""
-    import importlib
-    for module in {modules}:
-        purge("timm", "timm_cmt")
-        importlib.import_module(module)
-        import timm
-        print(module, *sorted(timm.list_models("cmt*")))
-    """
-    for name, line in zip(modules, said(forks.run(PURGE + textwrap.dedent(code))).splitlines(), strict=True):
-        # The ablations are there where their file is imported, and nowhere else.
-        assert line == f"{name} {FIVE}" or (name == "timm_cmt.ablation" and set(FIVE.split()) < set(line.split()))
 
 
 def test_the_ablations_are_there_once_their_file_is_imported(forks):

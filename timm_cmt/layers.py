@@ -239,17 +239,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
 
-def _act_norm(x: Tensor, act: nn.Module, norm: nn.Module, overwrite: bool) -> Tensor:
+def _act_norm(x: Tensor, act: nn.Module, norm: Any, overwrite: bool) -> Tensor:
     if _is_recorded() or type(act) not in (nn.GELU, GELU) or _has_hooks(act):
         return norm(act(x))
     # The CPU's fast GELU takes contiguous tensors only. A channels-last map is one with its axes in memory's order.
     y = act(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     if not overwrite:
         return norm(y)
-    # BatchNorm in evaluation, with the same bits. No public function writes over its input.
-    write_to: dict[str, Tensor] = dict(out=y, save_mean=y.new_empty(0), save_invstd=y.new_empty(0))
+    # BatchNorm in evaluation, with the same bits, by the one function of it that can write over its input.
     statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    return torch.ops.aten.native_batch_norm.out(y, *statistics, False, 0.0, norm.eps, **write_to)[0]
+    return torch.native_batch_norm(y, *statistics, False, 0.0, norm.eps, out=(y, y.new_empty(0), y.new_empty(0)))[0]
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """The models are there in whatever way Python, timm and this package are run: workers, zips, frozen, hooked."""
 
 import os
+import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from interpreters import FIVE, SHOW, clean_environ, python, said
+from interpreters import FIVE, PURGE, SHOW, clean_environ, python, said
 
 import timm_cmt
 
@@ -18,6 +19,25 @@ import timm_cmt
 def run(*command: str | Path, cwd: Path, **environ: str) -> subprocess.CompletedProcess:
     command = [str(part) for part in command]
     return subprocess.run(command, cwd=cwd, env=clean_environ(**environ), capture_output=True, text=True, timeout=1800)
+
+
+# ---- any file first
+
+
+def test_any_file_of_the_package_can_be_imported_first():
+    modules = [module.name for module in pkgutil.walk_packages(timm_cmt.__path__, "timm_cmt.")]
+    modules = [name for name in modules if "_pyinstaller" not in name and not name.endswith("__main__")]
+    code = f"""
+    import importlib
+    for module in {modules}:
+        purge("timm", "timm_cmt")
+        importlib.import_module(module)
+        import timm
+        print(module, *sorted(timm.list_models("cmt*")))
+    """
+    for name, line in zip(modules, said(python(PURGE + textwrap.dedent(code))).splitlines(), strict=True):
+        # The ablations are there where their file is imported, and nowhere else.
+        assert line == f"{name} {FIVE}" or (name == "timm_cmt.ablation" and set(FIVE.split()) < set(line.split()))
 
 
 # ---- worker processes
