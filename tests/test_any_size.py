@@ -2,7 +2,9 @@
 
 import copy
 import io
+import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -237,10 +239,21 @@ def test_set_input_size_is_what_loading_at_the_size_gives(size):
     assert all(torch.equal(state[key], expected[key]) for key in state)
 
 
+@pytest.mark.parametrize("size", [(96, 160), (63, 95), np.int64(96)])
+def test_the_configuration_has_the_size_of_the_last_map_and_can_be_written(size):
+    model = make()
+    model.set_input_size(size)
+    cfg, x = model.pretrained_cfg, torch.zeros(1, *model.pretrained_cfg["input_size"])
+    assert cfg["input_size"] == (3, *timm.layers.to_2tuple(size))
+    with torch.no_grad():
+        assert cfg["pool_size"] == model.forward_features(x).shape[2:]
+    assert cfg["pool_size"] == make(cfg["input_size"][1:]).pretrained_cfg["pool_size"]
+    json.dumps(cfg)
+
+
 def test_set_input_size_updates_timm_s_record():
     model = make()
     model.set_input_size((96, 160))
-    assert model.pretrained_cfg["input_size"] == (3, 96, 160) and model.pretrained_cfg["pool_size"] == (3, 5)
     assert model.default_cfg is model.pretrained_cfg
     assert timm.data.resolve_data_config(model=model)["input_size"] == (3, 96, 160)
     assert timm.get_pretrained_cfg("cmt_ti").input_size == (3, 160, 160)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from timm.models import load_checkpoint, resume_checkpoint
 from torch import nn
 
-from timm_cmt.rel_pos_bias import resize_rel_pos_bias
+from timm_cmt.rel_pos_bias import RelPosBias, resize_rel_pos_bias
 
 TI = "cmt_ti"
 
@@ -261,7 +261,9 @@ def test_missing_and_unexpected_entries_are_named_and_strict_false_takes_the_res
 @pytest.mark.parametrize("options", [dict(num_classes=10), dict(features_only=True)])
 def test_an_incomplete_checkpoint_is_refused_with_other_classes_too(options):
     weights = {key: value for key, value in authors_weights(TI).items() if not key.startswith("blocks_c.3.mlp.conv1.")}
-    with pytest.raises(RuntimeError, match="is not whole: it lacks stages.2.blocks.3"):
+    with pytest.raises(
+        RuntimeError, match=r"is not whole: it lacks stages.2.blocks.3.mlp.conv1.weight and \d more; load"
+    ):
         timm.create_model(TI, pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights), **options)
 
 
@@ -283,10 +285,17 @@ def test_a_training_checkpoint_names_its_entry():
     assert "pass its 'model' entry" in refused(timm.create_model(TI), dict(model=authors_weights(TI), epoch=1))
 
 
-def test_a_wrapper_s_prefix_is_named():
+@pytest.mark.parametrize("layout", ["ours", "authors'"])
+def test_a_wrapper_s_prefix_is_named(layout):
     model = timm.create_model(TI)
-    state = {f"module.{key}": value for key, value in model.state_dict().items()}
-    assert "begin with 'module.'" in refused(model, state)
+    weights = model.state_dict() if layout == "ours" else authors_weights(TI)
+    assert "begin with 'module.'" in refused(model, {f"module.{key}": value for key, value in weights.items()})
+
+
+def test_the_authors_weights_load_from_a_model_that_held_theirs_as_its_model():
+    model = timm.create_model(TI)
+    model.load_state_dict({f"model.{key}": value for key, value in authors_weights(TI).items()})
+    assert torch.equal(model.stem.conv1.weight, authors_weights(TI)["stem_conv1.weight"])
 
 
 def test_statistics_alone_load_without_strict():
@@ -349,6 +358,12 @@ def test_grids_survive_bfloat16():
     other = timm.create_model(TI, img_size=size)
     other.load_state_dict(state)
     assert torch.equal(other.stages[0].rel_pos_bias.weight, model.stages[0].rel_pos_bias.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("grid", [(256, 257), (257, 256)])  # as of 1024 x 1028 pixels
+def test_a_grid_that_is_recorded_exactly_is_not_taken_for_its_neighbour(grid):
+    bias = RelPosBias(1, grid, sr_ratio=8, device="meta")
+    assert bias.find_query_size(bias.weight, torch.tensor(grid), "weight") == grid
 
 
 def test_the_classifier_s_weights_load_into_features_only_and_back():

@@ -15,6 +15,7 @@ is silent, they are as CMT-S, and what has no 1280 channels has a LayerNorm ther
 """
 
 import math
+from collections import OrderedDict
 from functools import partial
 from typing import Any
 
@@ -114,16 +115,14 @@ class InvertedFFN(nn.Sequential):
     ):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         local = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
-        layers: dict[str, nn.Module] = dict(  # not named as the IRFFN's, whose weights mean something else
+        layers: OrderedDict[str, nn.Module] = OrderedDict(  # not the IRFFN's names, whose weights mean something else
             expand=nn.Conv2d(dim, hidden_dim, 1, **dd),
             local=ActNormConv(local, act_layer=act_layer, drop=drop, **dd),
             project=ActNormConv(nn.Conv2d(hidden_dim, dim, 1, **dd), act_layer=act_layer, **dd),
             norm=nn.BatchNorm2d(dim, **dd),
             drop=nn.Dropout(drop),
         )
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
+        super().__init__(layers)
 
 
 def final_norm(in_dim: int, dim: int, device=None, dtype=None) -> nn.Module:

@@ -52,7 +52,8 @@ _RENAMES: list[tuple["re.Pattern[str]", str]] = [
 ]
 _ONLY_AUTHORS = re.compile(r"(stem_conv|patch_embed_[a-d]\.|relative_pos_[a-d]$|blocks_[a-d]\.|_fc\.|_bn\.)")
 
-# The layers that tell the kinds of CMT apart (see `timm_cmt.ablation`), by names that reparameterization leaves.
+# The layers that tell the kinds of CMT apart (see `timm_cmt.ablation`), by names that stay the same when a model is
+# reparameterized.
 _LAYERS = re.compile(
     r"(?:stages\.\d+\.blocks\.\d+\.)?"
     r"(stem\.conv2|lpu\.dwconv|lpu|mlp\.(?!norm)\w+|(?:stem\.norm|norm1)\.running_mean)(?:\.|$)"
@@ -100,8 +101,8 @@ class Shape(NamedTuple):
 
     def can_be_of(self, whole: "Shape") -> bool:
         """Can a state dict of this shape, of which layers may be missing, be of a network of that one?"""
-        has_other = bool(set(self.layers) - set(whole.layers)) or "" != self.final != whole.final != ""
-        return self[:3] == whole[:3] and not has_other
+        has_other_final = self.final != whole.final and "" not in (self.final, whole.final)
+        return self[:3] == whole[:3] and set(self.layers) <= set(whole.layers) and not has_other_final
 
     def __str__(self) -> str:
         dims, depths = ("-".join(map(str, numbers)) for numbers in (self.embed_dims, self.depths))
@@ -137,7 +138,7 @@ def adapt(
         RuntimeError: It is of another network. One sentence says what it is, and what to do.
     """
     own = {_common_name(name): name for name in _named_tensors(model)}
-    tensors = {_common_name(name): tensor for name, tensor in from_authors_layout(state_dict).items()}
+    tensors = from_authors_layout({_common_name(name): tensor for name, tensor in state_dict.items()})
     if is_whole and tensors and not own.keys() & tensors.keys():
         raise RuntimeError(_describe_other(tensors))
     theirs, ours = read_shape(tensors), read_shape({_common_name(k): v for k, v in _named_tensors(model).items()})
@@ -188,14 +189,14 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _common_name(name: str) -> str:
-    """The name in a CMT of what timm's feature extractors call otherwise."""
+    """A tensor's name in CMT, from its name in a feature extractor of timm's: stages_0.x, model.stages.0.x, body.x."""
     return re.sub(r"^(?:model\.|body\.)?(?:stages_(\d+)\.)?", lambda m: f"stages.{m[1]}." if m[1] else "", name)
 
 
 def _describe_other(tensors: Mapping[str, Any]) -> str:
     """Why a state dict that shares no name with the model is not one of it."""
-    first = "stem.conv1.weight"
-    prefix = next((name.removesuffix(first) for name in tensors if name.endswith(first)), None)
+    first = re.compile(r"(.+)stem[._]conv1\.weight$")  # in our layout or the authors'
+    prefix = next((match[1] for match in map(first.match, tensors) if match), None)
     if prefix:
         return f"the keys of this checkpoint begin with {prefix!r}; pass it with that taken away"
     wrapper = next((key for key in ("state_dict", "model") if isinstance(tensors.get(key), Mapping)), None)

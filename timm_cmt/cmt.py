@@ -58,7 +58,9 @@ Layer = Callable[..., nn.Module]
 def check_size(x: Tensor, min_size: int = MIN_SIZE) -> Tensor:  # an argument, since TorchScript knows no globals
     """Raise ValueError for what is no batch of images, or of images too small to leave a token in the last stage."""
     if x.ndim != 4:
-        raise ValueError(f"CMT takes images [B, C, H, W], not a tensor of {x.ndim} dimensions; add or join some")
+        raise ValueError(
+            f"CMT takes images [B, C, H, W], not a tensor of {x.ndim} dimensions; for one image, pass image[None]"
+        )
     H, W = x.shape[-2:]
     if H < min_size or W < min_size:
         raise ValueError(f"an image of {H} x {W} pixels is too small for CMT; it takes {min_size} x {min_size} or more")
@@ -513,7 +515,7 @@ class CMT(nn.Module):
         stage: Any
         for stage, grid_size in zip(self.stages, get_grid_sizes(img_size, len(self.stages))):
             stage.rel_pos_bias.set_query_size(grid_size)
-        update_model_input_size(self, img_size)
+        update_model_input_size(self, img_size, self.in_chans)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -527,8 +529,6 @@ class CMT(nn.Module):
             global_pool = self.global_pool.pool_type or ("avg" if num_classes else "")
         dd: dict[str, Any] = {"device": param.device, "dtype": param.dtype}
         self.global_pool, self.head = create_classifier(self.head_hidden_size, num_classes, pool_type=global_pool, **dd)
-        self.global_pool.train(self.training)
-        self.head.train(self.training)
 
     def forward_intermediates(
         self,
@@ -561,15 +561,13 @@ class CMT(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
 
         x = self.stem(x)
-        feat_idx = 0
-        if feat_idx in take_indices:
+        if 0 in take_indices:
             intermediates.append(x)
         last = max_index if stop_early else len(self.stages)
-        for feat_idx, stage in enumerate(self.stages, start=1):
-            if feat_idx <= last:
-                x = stage(x)
-                if feat_idx in take_indices:
-                    intermediates.append(x)
+        for feat_idx, stage in enumerate(self.stages[:last], start=1):
+            x = stage(x)
+            if feat_idx in take_indices:
+                intermediates.append(x)
 
         if intermediates_only:
             return intermediates
@@ -626,10 +624,10 @@ def _init_weights(module: nn.Module, name: str = "") -> None:
 
 
 def _check_img_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
-    size = tuple(to_2tuple(img_size))
+    size = to_2tuple(img_size)
     if len(size) != 2 or not all(isinstance(side, Integral) and int(side) >= MIN_SIZE for side in size):
         raise ValueError(f"img_size {img_size} is no size for CMT; it takes (height, width) of at least 32 pixels")
-    return size
+    return int(size[0]), int(size[1])
 
 
 VARIANTS: dict[str, dict[str, Any]] = dict(
@@ -652,7 +650,8 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> dic
     state_dict = adapt(clean_state_dict(dict(get_weights(checkpoint))), model, SHAPES)
     missing = [n for n in model.state_dict() if not (n in state_dict or n.startswith("head.") or "num_batches" in n)]
     if missing:  # timm loads without `strict` where the classes differ, and would leave these as they are
-        raise RuntimeError(f"this checkpoint is not whole: it lacks {missing[0]} and {len(missing) - 1} others")
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise RuntimeError(f"this checkpoint is not whole: it lacks {missing[0]}{more}; load one that has all weights")
     return state_dict
 
 

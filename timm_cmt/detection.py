@@ -6,11 +6,12 @@
 
 All but the backbone is torchvision's, and what its detectors take and return stands in its documentation. The heads are
 those that the paper's figures fit: a pyramid of 256 channels without normalisation, for RetinaNet P3 to P7 with P6 made
-from the last stage, for Mask R-CNN P2 to P6 with P6 subsampled from P5. tests/test_detection.py counts both, with CMT-S
-on 1280 x 800 pixels. The paper's multiply-adds cannot hold the two matrix products of attention, which counters that
-watch layers do not see.
+from the last stage, for Mask R-CNN P2 to P6 with P6 subsampled from P5. tests/integration/test_detection.py counts
+both, with CMT-S on 1280 x 800 pixels. The paper's multiply-adds cannot hold the two matrix products of attention, which
+counters that watch layers do not see.
 
-The position bias is resized to each new image size, for 1280 x 800 pixels to 480 MB in float32.
+The position bias is resized in every forward pass at another size than the model's, for 1280 x 800 pixels to 480 MB
+in float32.
 
 torchvision knows the same detectors by name (`torchvision_models`): its train.py trains them.
 """

@@ -14,7 +14,16 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from .rel_pos_bias import is_without_grad
 
-__all__ = ["ActNormConv", "ConvNorm", "attend", "fold_norm_after", "plain_conv", "refuse_other_kind", "run_block"]
+__all__ = [
+    "ActNormConv",
+    "ConvNorm",
+    "attend",
+    "fold_norm_after",
+    "plain_conv",
+    "refuse_other_kind",
+    "run_block",
+    "to_channels_last",
+]
 
 
 class ActNormConv(nn.Module):
@@ -57,7 +66,7 @@ class ActNormConv(nn.Module):
             return self._convolve(self.norm(self.act(x)), False)
         else:
             if self.recompute and self.training and _is_eager(x):
-                return run_twice(self, self._compute, x)
+                return _run_twice(self, self._compute, x)
             return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
@@ -74,7 +83,7 @@ class ActNormConv(nn.Module):
         return out
 
     def _can_overwrite(self, x: Tensor) -> bool:
-        """May norm and shortcut write over their inputs, which nobody else has? On the CPU, new memory costs more."""
+        """May BatchNorm and the shortcut's sum write over what nobody else has? For the CPU, new memory is slow."""
         if not _is_eager(x) or torch.is_grad_enabled() or not x.is_cpu or x.dtype != torch.float32:
             return False
         norm, conv = self.norm, self.conv if self.reparam_conv is None else self.reparam_conv
@@ -98,7 +107,7 @@ class ActNormConv(nn.Module):
                 conv.weight[:, 0, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] += 1
             elif conv.padding == (0, 0) and conv.groups == 1:
                 assert conv.bias is not None
-                scale, shift = scale_and_shift(self.norm)
+                scale, shift = _scale_and_shift(self.norm)
                 conv.bias += conv.weight.sum((2, 3)) @ shift
                 conv.weight *= scale[:, None, None]
                 self.norm = nn.Identity()
@@ -171,7 +180,7 @@ def plain_conv(conv: nn.Module) -> nn.Conv2d:
     return plain.train(conv.training)
 
 
-def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """What a BatchNorm in evaluation, synchronised or frozen as it may be, multiplies each channel by and adds to it.
 
     Raises:
@@ -191,7 +200,7 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def fold_norm_after(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     """`conv`, changed so that it does what it did, then `norm` in evaluation."""
-    scale, shift = scale_and_shift(norm)
+    scale, shift = _scale_and_shift(norm)
     assert conv.bias is not None
     conv.weight *= scale[:, None, None, None]
     conv.bias.mul_(scale).add_(shift)
@@ -277,10 +286,10 @@ def run_block(block: nn.Module, *inputs: Tensor, checkpointing: bool = False) ->
     # A forward pass within a backward pass is a checkpoint's second one, whoever made the checkpoint (timm's feature
     # extractors make their own). No public name tells of a backward pass.
     with _StatisticsKept(block) if torch._C._current_graph_task_id() != -1 else nullcontext():
-        return run_twice(block, block, *inputs) if checkpointing else block(*inputs)
+        return _run_twice(block, block, *inputs) if checkpointing else block(*inputs)
 
 
-def run_twice(module: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def _run_twice(module: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """call(*inputs), and again in the backward pass; the running statistics of the module's BatchNorms move once.
 
     torch ends the second run when it has what the backward pass needs. So a convolution at the end runs once.

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from timm import models  # not timm.models by name: timm is half imported when this module is
+from timm.layers import to_2tuple
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model, model_entrypoint, resolve_pretrained_cfg
 from torch import nn
 
@@ -71,21 +72,20 @@ def build_model_with_cfg(
             raise RuntimeError(
                 f"the weights in {cfg.hf_hub_id or cfg.file} are no whole safetensors file ({err}); publish them again"
             ) from err
-    update_model_input_size(model, img_size)
+    update_model_input_size(model, img_size, kwargs.get("in_chans", cfg.input_size[0]))
     return model
 
 
-def update_model_input_size(model: nn.Module, img_size: int | tuple[int, int]) -> None:
-    """Let the model's config say what size it is built for, so that what timm saves of it reloads at that size.
+def update_model_input_size(model: nn.Module, img_size: int | tuple[int, int], in_chans: int) -> None:
+    """Let the model's config say what input it is built for, so that what timm saves of it reloads as it is.
 
     The newest timm has this function in a private module, older versions have nothing of it.
     """
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    height, width = map(int, to_2tuple(img_size))
     cfg = getattr(model, "pretrained_cfg", None)
     if cfg is not None:  # a model made without timm's factory has none
-        channels = getattr(model, "in_chans", cfg["input_size"][0])
-        cfg["input_size"] = (channels, height, width)
-        cfg["pool_size"] = (max(height // 32, 1), max(width // 32, 1))
+        cfg["input_size"] = (in_chans, height, width)
+        cfg["pool_size"] = ((height + 1) // 32, (width + 1) // 32)  # the stem rounds up
     record: Any = model  # for torch, what is set on a module is a tensor or a module
     record._traits = dict(getattr(model, "_traits", {}), img_size=(height, width))
     if "img_size" in getattr(model, "_model_args", {}):

@@ -55,7 +55,7 @@ def resize_rel_pos_bias(
         )
     if torch.jit.is_scripting():
         return bias if grid == new_grid else _resize_axes(bias, grid, new_grid)
-    else:  # TorchScript reads what comes after an if, and knows neither symbolic sizes nor autocast by name
+    else:  # TorchScript compiles what follows an if, and knows neither torch.SymInt nor autocast by name
         if not any(isinstance(side, torch.SymInt) for side in new_grid) and grid == new_grid:
             return bias
         with _full_precision(bias.device.type):
@@ -165,7 +165,8 @@ class RelPosBias(nn.Module):
         grids = [grid for grid in grids if math.prod(self.key_size(grid)) == keys]
         if query_grid is not None and not query_grid.is_meta:
             height, width = (float(side) for side in query_grid)
-            for h, w in grids:  # a bfloat16 holds no more than 8 bits of a side
+            # A bfloat16 holds no more than 8 bits of a side. The nearest grid first: 257 x 256 is near 256 x 257.
+            for h, w in sorted(grids, key=lambda grid: abs(grid[0] - height)):
                 if abs(h - height) <= h / 256 and abs(w - width) <= w / 256:
                     return h, w
             raise RuntimeError(
@@ -190,7 +191,7 @@ class RelPosBias(nn.Module):
         weight, grid = state_dict.get(name), state_dict.get(grid_name)
         if weight is None and grid is None:
             return None
-        # A grid alone says nothing: the bias is another's, or stays.
+        # A grid without its bias is not used: the model keeps its own bias, and so its own grid.
         device = self.query_grid.device if weight is None else weight.device
         state_dict[grid_name] = torch.tensor(self.query_size, device=device)
         if weight is None:

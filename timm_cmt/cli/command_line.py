@@ -191,7 +191,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "convert",
         help="convert a checkpoint to a folder that timm and transformers load",
         description="Write model.safetensors, config.json and a model card, and check that they load back bit for bit. "
-        "What timm's train.py was told stands in its checkpoints and is taken from there; options go before it. "
+        "What timm's train.py was told stands in its checkpoints and is taken from there; an option overrules it. "
         "Without a checkpoint the authors' release is downloaded.",
     )
     conversion.add_argument("checkpoint", type=Path, nargs="?", help="a checkpoint of timm's train.py or the authors'")
