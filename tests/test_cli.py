@@ -196,6 +196,9 @@ def test_plot_bias_draws_a_checkpoint_of_one_channel(tmp_path, capsys):
     torch.save(dict(state_dict=model.state_dict(), args=args), path)
     assert main(["plot-bias", "--checkpoint", str(path), "--size", "96", "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n" and out.exists()
+    torch.save(model.state_dict(), path)
+    options = ["--model", "cmt_ti", "--model-kwargs", "depths=1,1,2,1"]
+    assert main(["plot-bias", "--checkpoint", str(path), *options, "--out", str(out)]) == 0
 
 
 # ---- the demo

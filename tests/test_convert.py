@@ -4,6 +4,7 @@ where train.py itself has written them."""
 import argparse
 import json
 import os
+import pickle
 import shutil
 import signal
 import stat
@@ -14,7 +15,7 @@ import timm
 import torch
 from common import PARITY, RELEASE_FILES, SMALL, authors_weights, parity_input
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.utils import CheckpointSaver, ModelEmaV3, reparameterize_model
 
 from timm_cmt.cli import convert, main
@@ -163,6 +164,29 @@ def test_a_plain_state_dict_needs_options_and_says_what_is_assumed(path, out, ca
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_the_safetensors_of_a_wrapped_model_are_its_own(prefix, path, out):
+    model, path = small().eval(), path.with_name("wrapped.safetensors")
+    save_file({prefix + key: value for key, value in model.state_dict().items()}, path)
+    assert main(["convert", str(path), "--out", str(out), "--model", "cmt_ti", "--model-kwargs", "depths=1,1,2,1"]) == 0
+    assert_same(model, out)
+
+
+def test_model_kwargs_go_before_the_checkpoint_s_size_and_pooling(path, out):
+    save(path, small(), img_size=64, gp="avg", model_kwargs=dict(depths=SMALL["depths"]))
+    assert main(["convert", str(path), "--out", str(out), "--model-kwargs", "img_size=96", "global_pool=max"]) == 0
+    model = loaded(out)
+    assert model.pretrained_cfg["input_size"] == (3, 96, 96) and model.global_pool.pool_type == "max"
+
+
+def test_a_folder_whose_name_timm_takes_for_an_address_is_refused_or_loads(path, tmp_path, capsys):
+    model, out = save(path, small(), model_kwargs=SMALL), tmp_path / "C# work" / "mine"
+    if main(["convert", str(path), "--out", str(out)]) == 0:
+        assert_same(model, out)
+    else:
+        assert f"cannot load from {out}; name another folder, or update timm" in capsys.readouterr().err
+
+
 def test_catavgmax_pooling_is_seen_in_the_weights(path, out):
     model = save(path, small(global_pool="catavgmax"))
     options = ["--model", "cmt_ti", "--model-kwargs", "depths=1,1,2,1"]
@@ -229,6 +253,39 @@ def test_class_names_are_kept_in_the_order_of_the_classes(source, folders, path,
     assert list(loaded(out).pretrained_cfg["label_names"]) == names
 
 
+@pytest.mark.parametrize(
+    "dataset, names",
+    [
+        ("", ["Abyssinian", "american_bulldog", "beagle", "Bengal"]),
+        ("torch/image_folder", ["Abyssinian", "Bengal", "american_bulldog", "beagle"]),
+    ],
+)
+def test_class_folders_have_the_order_of_the_reader_that_it_was_trained_with(dataset, names, path, out, tmp_path):
+    from PIL import Image
+
+    for name in names:
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / "train" / name / "a.png")
+    save(path, small(num_classes=4), model_kwargs=SMALL, dataset=dataset)
+    assert main(["convert", str(path), "--out", str(out), "--data-dir", str(tmp_path / "data")]) == 0
+    assert json.loads((out / "config.json").read_text())["label_names"] == names
+
+
+def test_class_folders_that_a_class_map_joins_name_no_classes(folders, path, out, tmp_path, capsys):
+    class_map = {f"class {i + 1}": i or 1 for i in range(10)}  # the first two are one class, and class 0 is none
+    (tmp_path / "map.pkl").write_bytes(pickle.dumps(class_map))
+    save(path, small(), model_kwargs=SMALL, data_dir=str(folders), class_map=str(tmp_path / "map.pkl"))
+    assert main(["convert", str(path), "--out", str(out)]) == 0
+    assert f"label_names: unknown: {folders} has 9 classes; --labels FILE gives them" in capsys.readouterr().out
+    assert "label_names" not in json.loads((out / "config.json").read_text())
+
+
+def test_a_data_set_of_another_kind_is_not_said_to_have_folders(path, out, capsys):
+    save(path, small(), model_kwargs=SMALL, dataset="hfds/pets")
+    assert main(["convert", str(path), "--out", str(out)]) == 0
+    assert "label_names: unknown; --labels FILE gives them" in capsys.readouterr().out
+
+
 def test_class_names_that_are_too_few_are_refused(folders, path, out, capsys, tmp_path):
     save(path, small(num_classes=11), model_kwargs=dict(depths=SMALL["depths"]))
     (tmp_path / "names.txt").write_text("one\ntwo\n")
@@ -236,7 +293,7 @@ def test_class_names_that_are_too_few_are_refused(folders, path, out, capsys, tm
     assert "names.txt has 2 lines, and the model 11 classes" in fail(
         capsys, *options, "--labels", tmp_path / "names.txt"
     )
-    assert "data has 10 class folders, and the model 11 classes" in fail(capsys, *options, "--data-dir", folders)
+    assert "data has 10 classes, and the model 11; give --labels" in fail(capsys, *options, "--data-dir", folders)
     assert "none.txt cannot be read" in fail(capsys, *options, "--labels", "none.txt")
     assert "no class folders with images" in fail(capsys, *options, "--data-dir", tmp_path / "none")
 

@@ -1,10 +1,16 @@
 """timm-cmt predict: the classes that the model gives, by their names, of whatever a model is in."""
 
+import io
+import json
+import shutil
+import sys
+
 import pytest
 import timm
 import torch
 from common import RELEASE_FILES, SMALL, authors_weights
 from PIL import Image
+from test_convert import save
 
 from timm_cmt.cli import main
 from timm_cmt.cli.convert import convert
@@ -49,6 +55,55 @@ def test_predict_takes_a_checkpoint_at_another_size_and_numbers_what_has_no_name
     assert [line.split("%  ")[-1] for line in found[1:]] == [f"class {i}" for i in range(5)]
 
 
+def test_a_checkpoint_of_a_thousand_classes_of_one_s_own_has_not_imagenet_s_names(desk, tmp_path, capsys):
+    save(tmp_path / "last.pth.tar", timm.create_model("cmt_ti", **{**SMALL, "num_classes": 1000}), model_kwargs=SMALL)
+    found = lines(capsys, tmp_path / "last.pth.tar", desk / "image.png")
+    assert all("%  class " in line for line in found[1:])
+
+
+def test_what_a_checkpoint_does_not_say_is_named(desk, tmp_path, capsys):
+    options = ["--model", "cmt_ti", "--model-kwargs", "depths=(1,1,2,1)"]
+    assert main(["predict", str(desk / "own.pth"), str(desk / "image.png"), *options]) == 0
+    assumed = "global_pool, mean, std, crop_pct, interpolation"
+    assert capsys.readouterr().err == f"{desk / 'own.pth'} does not say {assumed}; the model's defaults are taken\n"
+    save(tmp_path / "last.pth.tar", timm.create_model("cmt_ti", **SMALL), model_kwargs=SMALL)
+    assert main(["predict", str(tmp_path / "last.pth.tar"), str(desk / "image.png")]) == 0
+    assert not capsys.readouterr().err
+
+
+def test_a_model_of_one_channel_that_an_older_timm_saved_with_three_means(desk, tmp_path, capsys):
+    model = timm.create_model("cmt_ti", in_chans=1, **SMALL)
+    save(tmp_path / "last.pth.tar", model, model_kwargs=SMALL)
+    convert(tmp_path / "last.pth.tar", tmp_path / "grey")
+    config = json.loads((tmp_path / "grey" / "config.json").read_text())
+    config["pretrained_cfg"].update(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    (tmp_path / "grey" / "config.json").write_text(json.dumps(config))
+    assert len(lines(capsys, tmp_path / "grey", desk / "image.png")) == 6
+
+
+def test_a_configuration_that_is_cut_is_named(desk, tmp_path, capsys):
+    shutil.copytree(desk / "mine", tmp_path / "mine")
+    (tmp_path / "mine" / "config.json").write_text("")
+    assert main(["predict", str(tmp_path / "mine"), str(desk / "image.png")]) == 1
+    assert f"{tmp_path / 'mine'} cannot be read (Expecting value" in capsys.readouterr().err
+
+
+def test_broken_notes_of_a_camera_leave_the_picture(desk, tmp_path, capsys):
+    image = Image.open(desk / "image.png")
+    image.save(tmp_path / "notes.png", exif=b"Exif\0\0II*\0")
+    assert (
+        lines(capsys, desk / "mine", tmp_path / "notes.png")[1:] == lines(capsys, desk / "mine", desk / "image.png")[1:]
+    )
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(desk, tmp_path, monkeypatch):
+    shutil.copy(desk / "image.png", tmp_path / "猫.png")
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert main(["predict", str(desk / "mine"), str(tmp_path / "猫.png")]) == 0
+    assert b"\\u732b.png" in screen.buffer.getvalue()
+
+
 def test_a_file_that_is_no_picture_is_one_line_and_the_others_are_predicted(desk, tmp_path, capsys):
     (tmp_path / "cut.png").write_bytes((desk / "image.png").read_bytes()[:200])
     bad = [desk / "names.txt", tmp_path / "cut.png", tmp_path, tmp_path / "none.png"]
@@ -90,6 +145,9 @@ def test_the_authors_weights_have_imagenet_s_names(desk, torch_home, capsys):
             [],
             "there is no checkpoint and no folder resnet50, and no CMT of that name",
         ),
+        ("runs/cmt_s", [], "there is no checkpoint and no folder runs/cmt_s, and no CMT of that name"),
+        ("output/best.pth.tar", [], "there is no checkpoint and no folder output/best.pth.tar"),
+        ("d:best.pth", [], "there is no checkpoint and no folder d:best.pth"),
         ("cmt_l", [], "there are no pretrained weights of cmt_l; name a checkpoint"),
         (".", [], "local-dir:. cannot be read ("),
         ("cmt_ti", ["--model", "cmt_ti"], "cmt_ti is no checkpoint, and says itself what it is; leave out --model"),

@@ -44,8 +44,9 @@ def _make_builder(
         weights: None: no trained ones have been released.
         progress: Show a bar where the backbone's weights are downloaded.
         num_classes: Classes with the background; 91, COCO's, if None.
-        weights_backbone: The backbone's weights: "in1k", the authors' of ImageNet; a checkpoint's file; a folder that
-            `timm-cmt convert` wrote; "hf-hub:ORG/NAME". None for random ones. With weights, BatchNorm is frozen.
+        weights_backbone: The backbone's weights: "in1k", the authors' of ImageNet; a folder that `timm-cmt convert`
+            wrote; "hf-hub:ORG/NAME"; a checkpoint's file, which does not say mean and deviation: ImageNet's are taken.
+            None for random ones. With weights, BatchNorm is frozen.
         trainable_backbone_layers: How many of stem and stages, 0 to 5, are trained, counted from the last stage; 3 if
             None. Without weights all are.
         kwargs: Arguments of torchvision's {_DETECTORS[detector].replace(" ", "").replace("-", "")}.

@@ -42,30 +42,36 @@ def test_the_demo_reaches_98_percent(demo):
     assert model.eval()(transform(Image.open(digit))[None]).argmax().item() == 4
 
 
+def run_printed(demo, command: str) -> Path:
+    """Run a command of ours that the demo printed; returns what it wrote."""
+    done, _ = demo
+    (line,) = re.findall(rf"^timm-cmt ({command} .*)$", done.stdout, re.M)
+    arguments = shlex.split(line)
+    assert main(arguments) == 0
+    return Path(arguments[arguments.index("--out") + 1])
+
+
 @pytest.fixture(scope="module")
-def exported(demo) -> Path:
-    """model.onnx, by the commands that the demo printed."""
+def converted(demo) -> Path:
+    return run_printed(demo, "convert")
+
+
+@pytest.fixture(scope="module")
+def exported(demo, converted) -> Path:
     pytest.importorskip("onnxruntime", reason="NOT TESTED: the export; pip install onnx onnxruntime onnxscript")
-    done, folder = demo
-    (command,) = re.findall(r"^timm-cmt (convert .*)$", done.stdout, re.M)
-    assert main(shlex.split(command)) == 0
-    *_, snippet = find_snippets(done.stdout)
-    exec(snippet, {})  # noqa: S102
-    return folder / "model.onnx"
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("NOT TESTED: the demo's export with torch 2.6, whose exporter knows no BatchNorm")
+    return run_printed(demo, "export")
 
 
-def find_snippets(text: str) -> list[str]:
-    return re.findall(r"^import timm.*\n(?:.+\n)+", text, re.M)
-
-
-def test_its_printed_ways_to_predict_and_convert_work(demo, exported, tmp_path):
-    done, folder = demo
-    snippets = find_snippets(done.stdout)
-    assert [snippet.count("\n") for snippet in snippets] == [4, 4]
-    predict = subprocess.run([sys.executable, "-c", snippets[0]], cwd=tmp_path, capture_output=True, text=True)
-    label = re.search(r"validation/(\d)/", snippets[0])[1]
+def test_its_printed_ways_to_predict_and_convert_work(demo, converted, tmp_path):
+    done, _ = demo
+    (snippet,) = re.findall(r"^import timm.*\n(?:.+\n)+", done.stdout, re.M)
+    assert snippet.count("\n") == 4
+    predict = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
+    label = re.search(r"validation/(\d)/", snippet)[1]
     assert predict.stdout.split() == [label], predict.stderr
-    config = json.loads((folder / "model" / "config.json").read_text())
+    config = json.loads((converted / "config.json").read_text())
     assert config["label_names"] == [str(digit) for digit in range(10)]
     assert config["pretrained_cfg"]["crop_pct"] == 1.0 and config["pretrained_cfg"]["input_size"] == [3, 64, 64]
 

@@ -210,6 +210,7 @@ def test_a_file_that_differs_from_the_model_is_not_kept(desk, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(OLD, reason="NOT TESTED: export --to onnx with torch 2.6, whose exporter knows no BatchNorm")
 def test_what_8_bits_need_is_one_line(desk, tmp_path, monkeypatch, capsys):
     def fail_to(to, *options):
         return fail(capsys, desk / "mine", "--to", to, "--out", tmp_path / f"m{FORMATS[to][0]}", *options)
@@ -232,7 +233,9 @@ def test_of_many_pictures_300_are_taken_from_all_folders(tmp_path):
         path = tmp_path / str(i // 40) / f"{i:03}.png"
         path.parent.mkdir(exist_ok=True)
         path.touch()
+        path.with_name(f"._{path.name}").touch()  # what a Mac adds on a stick, and no picture
     found = quantize.find_pictures(tmp_path)
+    assert not any(path.name.startswith(".") for path in found)
     assert len(found) == len(set(found)) == 300
     assert {path.parent.name for path in found} == {str(i) for i in range(10)}
 

@@ -44,7 +44,7 @@ COMMANDS = read_commands()
 def on_digits(command: str) -> str:
     """A command of the pages with other paths, classes and epochs, on the CPU and on small images; else unchanged."""
     command = command.removeprefix("python ")
-    recipe = re.search(r"-c \$\(timm-cmt recipe (\w+)\)", command)
+    recipe = re.search(r'-c "\$\(timm-cmt recipe (\w+)\)"', command)
     if recipe:  # for a short run, and without mixed precision, as the page says
         command = command.replace(recipe[0], f"-c {recipe[1]}.yaml")
         command += " --num-classes 10 --epochs 16 --warmup-epochs 2 --cooldown-epochs 0"
@@ -66,7 +66,7 @@ def test_commands_are_found_on_the_pages():
 def test_every_command_has_a_rate_or_a_recipe():
     """train.py's own rate is for SGD, and with it CMT learns nothing."""
     for command in COMMANDS:
-        assert "--lr " in command or "-c $(timm-cmt recipe " in command, command
+        assert "--lr " in command or '-c "$(timm-cmt recipe ' in command, command
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_a_command_for_many_gpus_is_one_that_torch_and_train_py_take(command, mo
     """It has not been run: that needs GPUs. test_distributed and test_scripts train in two processes on the CPU."""
     from torch.distributed.run import get_args_parser
 
-    command = re.sub(r"\$\(timm-cmt recipe ([\w-]+)\)", lambda match: str(find_recipe(match[1])), command)
+    command = re.sub(r'"\$\(timm-cmt recipe ([\w-]+)\)"', lambda match: str(find_recipe(match[1])), command)
     launcher = get_args_parser().parse_args(shlex.split(command)[1:])
     assert launcher.training_script == "train.py"
     spec = importlib.util.spec_from_file_location("timm_train", Path(TIMM_SRC) / "train.py")

@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Threads of OpenMP that wait for one another by spinning make training many times slower where another program
         # wants the processors too. OpenMP reads this once, when torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if hasattr(sys.stdout, "reconfigure"):  # a name of a class or file that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _ended_by_signals():
             try:
@@ -171,6 +173,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "and resized to another image size.",
     )
     plot.add_argument("--model", type=_model, help=f"{a_model} (default: the checkpoint's, or cmt_s)")
+    _add_model_kwargs(plot, "arguments that the checkpoint's model was built with")
     weights = plot.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="draw the ImageNet weights, not random ones")
     weights.add_argument("--checkpoint", type=Path, help="draw the weights in this file")
@@ -197,9 +200,7 @@ def _build_parser() -> argparse.ArgumentParser:
     conversion.add_argument("checkpoint", type=Path, nargs="?", help="a checkpoint of timm's train.py or the authors'")
     conversion.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
     conversion.add_argument("--model", type=_model, help=f"{a_model}; needed where the checkpoint does not say it")
-    conversion.add_argument(
-        "--model-kwargs", nargs="*", action=_ParseKwargs, metavar="NAME=VALUE", help="arguments it was built with"
-    )
+    _add_model_kwargs(conversion, "arguments it was built with")
     conversion.add_argument("--num-classes", type=int, metavar="N", help="classes, to be checked")
     conversion.add_argument("--img-size", type=_image_size, metavar="N", help="height and width in pixels")
     conversion.add_argument("--gp", metavar="POOL", help="global pooling: avg, max, avgmax, catavgmax, fast")
@@ -341,9 +342,11 @@ def _add_source(parser: argparse.ArgumentParser, default: str = "") -> None:
     else:
         parser.add_argument("source", metavar="MODEL", help=what)
     parser.add_argument("--model", type=_model, help="which model a checkpoint is of, where it does not say it")
-    parser.add_argument(
-        "--model-kwargs", nargs="*", action=_ParseKwargs, metavar="NAME=VALUE", help="arguments it was built with"
-    )
+    _add_model_kwargs(parser, "arguments it was built with")
+
+
+def _add_model_kwargs(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--model-kwargs", nargs="*", action=_ParseKwargs, metavar="NAME=VALUE", help=what)
 
 
 def _run_predict(args: argparse.Namespace) -> None:
@@ -445,7 +448,7 @@ def _run_plot_bias(args: argparse.Namespace) -> None:
     name, note = args.model or "cmt_s", ""
     if args.checkpoint:
         checkpoint = read_checkpoint(args.checkpoint)
-        model = build(checkpoint, resolve(checkpoint, dict(model=args.model)))
+        model = build(checkpoint, resolve(checkpoint, dict(model=args.model, model_kwargs=args.model_kwargs)))
         weights = f"{get_cfg(model)['architecture']} in {args.checkpoint.name}"
     else:
         if args.pretrained:

@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.models import parse_model_name
 
 from ..cmt import CMT
 from ..weights import fetch
@@ -88,6 +89,8 @@ def convert_release(model_name: str, out: Path, org: str = "", space: bool = Fal
 def _refuse_existing(out: Path) -> None:
     if out.exists():
         raise FileExistsError(f"{out} is there already; name another folder, or remove it")
+    if parse_model_name(f"local-dir:{out}")[1] != str(out):  # timm 1.0.26 takes a folder for an address
+        raise ValueError(f"timm {timm.__version__} cannot load from {out}; name another folder, or update timm")
 
 
 def _write(model: CMT, out: Path, config: dict[str, Any], card: str) -> None:

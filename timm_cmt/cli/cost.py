@@ -142,7 +142,7 @@ def format_costs(name: str, img_size: tuple[int, int], costs: Sequence[Cost]) ->
     """A table of `count_cost`'s figures."""
     lines = [f"{name}, {img_size[0]} x {img_size[1]} pixels"]
     lines.append("           tokens  formula  counted  parameters  bias in it    kept")
-    lines.append("                       GMACs    GMACs           M           %      MB")
+    lines.append("                       GMACs    GMACs           M           %     MiB")
     for cost in costs:
         tokens = "" if cost.tokens is None else f"{cost.tokens:,}".replace(",", " ")
         formula = "" if cost.formula is None else f"{cost.formula / 1e9:.3f}"

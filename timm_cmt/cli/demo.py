@@ -1,7 +1,6 @@
 """Train a CMT on scikit-learn's handwritten digits with timm's own factories, as ``timm-cmt demo`` does."""
 
 import argparse
-import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from timm.utils import ModelEmaV3, accuracy, get_state_dict
 from torch import Tensor, nn
 
 from .models import create_cmt, get_cfg, refuse_without_weights
+from .pictures import save_picture
+from .recipe import join
 
-__all__ = ["export_snippet", "predict_snippet", "run_demo", "train_command", "validate_command", "write_digits"]
+__all__ = ["predict_snippet", "run_demo", "train_command", "validate_command", "write_digits"]
 
 BATCH_SIZE = 32
 EMA_DECAY = 0.98
@@ -144,10 +145,9 @@ def run_demo(
         f"\nIts answer to one of the digits, in Python:\n\n{predict_snippet(checkpoint, model_name, img_size, digit)}"
     )
     folder = output / "model"
-    print("\nA folder for timm, transformers and the Hugging Face Hub:\n")
-    print(f"timm-cmt convert {shlex.quote(str(checkpoint))} --out {shlex.quote(str(folder))}")
-    print("\nFrom that folder to ONNX, in Python (pip install onnx onnxscript):\n")
-    print(export_snippet(folder, img_size, output / "model.onnx"))
+    print("\nA folder for timm, transformers and the Hugging Face Hub, and from it to ONNX:\n")
+    print(join(["timm-cmt", "convert", str(checkpoint), "--out", str(folder)]))
+    print(join(["timm-cmt", "export", str(folder), "--to", "onnx", "--out", str(output / "model.onnx")]))
     print("\nThe same training and validation with timm's own scripts, in a clone of timm:\n")
     print(train_command(data, model_name, epochs, img_size, device, pretrained), end="\n\n")
     print(validate_command(data, model_name, img_size, device, checkpoint))
@@ -162,17 +162,6 @@ def predict_snippet(checkpoint: Path, model_name: str, img_size: int, image: str
         f"model = timm.create_model({model_name!r}, {options}).eval()\n"
         f"transform = timm.data.create_transform({img_size}, crop_pct={CROP_PCT}, interpolation='bicubic')\n"
         f"print(model(transform(PIL.Image.open({image!r}))[None]).argmax().item())"
-    )
-
-
-def export_snippet(folder: Path, img_size: int, path: Path) -> str:
-    """Python that writes a converted model as ONNX, for any number of images."""
-    name = f"local-dir:{folder}"
-    return (
-        f"import timm, torch\n"
-        f"model = timm.create_model({name!r}, pretrained=True).eval()\n"
-        f"options = dict(dynamo=True, dynamic_shapes=({{0: torch.export.Dim('batch')}},))\n"
-        f"torch.onnx.export(model, (torch.zeros(2, 3, {img_size}, {img_size}),), {str(path)!r}, **options)"
     )
 
 
@@ -238,9 +227,7 @@ def draw_predictions(
             color="black" if is_right[index] else "tab:red",
         )
         axes.axis("off")
-    part = path.with_suffix(".part.png")
-    figure.savefig(part, dpi=120)
-    part.replace(path)
+    save_picture(figure, path)
 
 
 def train_command(
@@ -270,7 +257,7 @@ def train_command(
         output="output",
         experiment="digits",
     )
-    return f"python train.py {_to_options(options)}"
+    return join(["python", "train.py", *_to_options(options)])
 
 
 def validate_command(data: Path, model_name: str, img_size: int, device: str, checkpoint: Path) -> str:
@@ -286,13 +273,13 @@ def validate_command(data: Path, model_name: str, img_size: int, device: str, ch
         checkpoint=checkpoint,
         device=device,
     )
-    return f"python validate.py {_to_options(options)}"
+    return join(["python", "validate.py", *_to_options(options)])
 
 
-def _to_options(arguments: dict[str, Any]) -> str:
+def _to_options(arguments: dict[str, Any]) -> list[str]:
     words = []
     for name, value in arguments.items():
         if value is not False:
             values = () if value is True else value if isinstance(value, tuple) else (value,)
-            words += [f"--{name.replace('_', '-')}", *(shlex.quote(str(item)) for item in values)]
-    return " ".join(words)
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return words

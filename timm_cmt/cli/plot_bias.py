@@ -3,6 +3,7 @@
 import math
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -78,9 +79,7 @@ def plot_bias(model: CMT, img_size: tuple[int, int], path: Path, weights: str = 
 
 def _middle_query(model: CMT, stage: int) -> tuple[Tensor, tuple[int, int]]:
     """-> [heads, Hk, Wk], the bias of the query in the middle of a stage's grid; and that grid."""
-    bias, grid = (model.state_dict()[f"stages.{stage}.rel_pos_bias.{name}"] for name in ("weight", "query_grid"))
-    height, width = grid.tolist()
-    # Keys lie on the grid reduced by a whole number k.
-    k = next(k for k in range(1, bias.shape[1] + 1) if (height // k) * (width // k) == bias.shape[2])
-    keys = bias[:, height // 2 * width + width // 2]
-    return keys.reshape(-1, height // k, width // k).float(), (height, width)
+    part: Any = model.stages[stage]
+    height, width = grid = part.rel_pos_bias.query_size
+    keys = part.rel_pos_bias.weight.detach()[:, height // 2 * width + width // 2]
+    return keys.reshape(-1, *part.rel_pos_bias.key_size(grid)).float(), grid

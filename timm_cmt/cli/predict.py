@@ -1,5 +1,6 @@
 """What a model sees in pictures, as ``timm-cmt predict`` prints it."""
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -76,13 +77,16 @@ def read_picture(
         with Image.open(path, formats=formats) as image:
             if max(image.size) > MOST_SLENDER * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels are a line; cut a piece out of it")
-            picture = ImageOps.exif_transpose(image).convert(mode)
+            image.load()
+            with contextlib.suppress(Exception):  # the pixels are whole where what a camera noted is not
+                ImageOps.exif_transpose(image, in_place=True)
+            picture = image.convert(mode)
     except OSError as err:
         raise BadPicture(f"{path} is no picture that can be read ({err.strerror or err})") from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000  # Pillow warns at once as many, and refuses at twice
         raise BadPicture(f"{path} has more than {most} million pixels; make it smaller") from None
-    except (ValueError, SyntaxError) as err:  # what Pillow says to a broken one, beside OSError
+    except Exception as err:  # Pillow has others, too, for broken ones
         raise BadPicture(f"{path} is no picture that can be read ({err})") from None
     return create_transform(**data)(picture)
 

@@ -29,7 +29,8 @@ def find_pictures(folder: Path, most: int = MOST) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"--calibrate {folder} is no folder; name one with pictures like those of later")
     suffixes = get_img_extensions(as_set=True)
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))  # Macs add some
+    found = sorted(path for path in files if path.suffix.lower() in suffixes)
     if not found:
         raise FileNotFoundError(
             f"there is no picture in {folder}; name a folder with {', '.join(sorted(suffixes))}, some hundred of them"

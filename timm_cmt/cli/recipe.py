@@ -5,14 +5,17 @@ One file per ImageNet model and per data set of the paper's transfer experiments
 which of its numbers are the authors'.
 """
 
+import os
 import shlex
+import subprocess
 from importlib.resources import files
 from pathlib import Path
 
 import yaml
 
-__all__ = ["find_recipe", "is_for_torchvision", "list_recipes", "make_command"]
+__all__ = ["find_recipe", "is_for_torchvision", "join", "list_recipes", "make_command"]
 
+join = subprocess.list2cmdline if os.name == "nt" else shlex.join  # words of a command for the user's shell
 RECIPES = files("timm_cmt").joinpath("recipes")
 
 
@@ -70,7 +73,7 @@ def make_command(name: str, batch_size: int | None = None, gpus: int = 1, data_d
         for key, value in {**recipe, "batch_size": batch_size}.items():
             options += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
         comment = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-        return f"{comment}{launcher} train.py {shlex.join(options)}"
+        return f"{comment}{launcher} train.py {join(options)}"
     if batch_size % 2:
         raise ValueError(f"--batch-size {batch_size} is odd, but mixup takes the images in pairs; give an even number")
     lr = recipe["lr_base"] * batch_size * gpus / recipe["lr_base_size"]
@@ -82,4 +85,4 @@ def make_command(name: str, batch_size: int | None = None, gpus: int = 1, data_d
     options = ["-c", str(path), "--data-dir", data_dir, "--batch-size", str(batch_size), "--lr", f"{lr:g}"]
     if gpus == 1 and "aug_repeats" in recipe:  # train.py repeats augmentations in many processes only
         options += ["--aug-repeats", "0"]
-    return f"{launcher} train.py {shlex.join(options)}"
+    return f"{launcher} train.py {join(options)}"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from timm.data import create_dataset
+from timm.layers import to_2tuple
 from timm.models import clean_state_dict, load_model_config_from_hf, parse_model_name, split_model_name_tag
 from timm.models._hub import load_model_config_from_path  # the public loader builds the model at once
 from timm.utils import reparameterize_model
@@ -59,9 +60,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     check_file(path)
     if path.name.endswith(".safetensors"):
-        return Checkpoint(path, from_authors_layout(safetensors.torch.load_file(path)))
-    with allow_arguments():
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: Any = safetensors.torch.load_file(path)
+    else:
+        with allow_arguments():
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     weights = get_weights(loaded)
     kind = next((key for key, value in loaded.items() if value is weights), "")
     args = loaded.get("args")
@@ -105,10 +107,12 @@ def resolve(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Setti
         )
     out["model"] = Setting(name, out["model"].source)
     out["base"] = Setting(tag_or_cfg, "")
-    cfg = get_cfg(create_cmt(name, pretrained_cfg=tag_or_cfg or None, device="meta"))
+    base = create_cmt(name, pretrained_cfg=tag_or_cfg or None, device="meta")
+    cfg = get_cfg(base)
 
-    model_kwargs = {**base_args, **(args.get("model_kwargs") or {}), **(given.get("model_kwargs") or {})}
-    out["model_kwargs"] = Setting(model_kwargs, GIVEN if given.get("model_kwargs") else ARGS)
+    given_kwargs = given.get("model_kwargs") or {}
+    model_kwargs = {**base_args, **(args.get("model_kwargs") or {}), **given_kwargs}
+    out["model_kwargs"] = Setting(model_kwargs, GIVEN if given_kwargs else ARGS)
 
     stem, head = weights.get(f"{cfg['first_conv']}.weight"), weights.get(f"{cfg['classifier']}.weight")
     classes = 0 if head is None else len(head)
@@ -119,22 +123,23 @@ def resolve(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Setti
     take("num_classes", classes, WEIGHTS)
     take("in_chans", 3 if stem is None else stem.shape[1], WEIGHTS)
 
-    img_size = given.get("img_size")
-    take("img_size", (img_size, img_size) if isinstance(img_size, int) else img_size, GIVEN)
-    input_size, img_size = args.get("input_size"), args.get("img_size")
-    take("img_size", tuple(input_size[1:]) if input_size else None, ARGS)
-    take("img_size", (img_size, img_size) if img_size else None, ARGS)
-    img_size = model_kwargs.get("img_size")
-    take("img_size", (img_size, img_size) if isinstance(img_size, int) else img_size, out["model_kwargs"].source)
-    take("img_size", _find_size(weights), WEIGHTS)
+    for size, source in (
+        (given.get("img_size"), GIVEN),
+        (given_kwargs.get("img_size"), GIVEN),
+        ((args.get("input_size") or [])[1:], ARGS),
+        (args.get("img_size"), ARGS),
+        (model_kwargs.get("img_size"), ARGS),
+        (_find_size(weights), WEIGHTS),
+    ):
+        take("img_size", to_2tuple(size) if size else None, source)
 
     rest = "the model's default, which train.py used" if args else "assumed, the model's default"
     take("global_pool", given.get("gp"), GIVEN)
+    take("global_pool", given_kwargs.get("global_pool"), GIVEN)
     take("global_pool", args.get("gp"), ARGS)
-    take("global_pool", model_kwargs.get("global_pool"), out["model_kwargs"].source)
-    if head is not None and "global_pool" not in out:
-        width = create_cmt(name, device="meta").num_features
-        take("global_pool", "catavgmax" if head.shape[1] == 2 * width else None, WEIGHTS)
+    take("global_pool", model_kwargs.get("global_pool"), ARGS)
+    if head is not None:
+        take("global_pool", "catavgmax" if head.shape[1] == 2 * base.num_features else None, WEIGHTS)
     take("global_pool", "avg", rest)
 
     channels = out["in_chans"].value
@@ -187,7 +192,7 @@ def find_labels(
         checkpoint: The checkpoint, whose arguments name the folder it was trained on.
         num_classes: Classes of the model.
         labels: A text file, one name a line, in the order of the classes.
-        data_dir: The folder that it was trained on, whose class folders give the names in timm's order.
+        data_dir: The folder that it was trained on, whose class folders give the names in the order of training.
 
     Raises:
         ValueError: What was given has not as many names as the model has classes, or cannot be read.
@@ -204,24 +209,25 @@ def find_labels(
         if len(names) != num_classes:
             raise ValueError(f"--labels {labels} has {len(names)} lines, and the model {num_classes} classes")
         return [name.strip() for name in names], GIVEN
-    folder = data_dir or args.get("data_dir") or args.get("data")
-    if not folder or (data_dir is None and (args.get("dataset") or not Path(folder).is_dir())):
-        return [], "unknown; --labels FILE or --data-dir FOLDER gives them"
+    folder, kind = data_dir or args.get("data_dir") or args.get("data"), (args.get("dataset") or "").lower()
+    if not folder or (data_dir is None and (kind or not Path(folder).is_dir())):
+        is_folder = not kind or kind.startswith("torch/")  # the order of other data sets is not that of folders
+        return [], f"unknown; --labels FILE{' or --data-dir FOLDER' if is_folder else ''} gives them"
     try:
-        # timm's own reader, since the order of its classes is the order of the weights.
+        # The reader that it was trained with, since the order of its classes is the order of the weights.
         options: dict[str, Any] = dict(split=args.get("train_split") or "train", class_map=args.get("class_map") or "")
-        dataset = create_dataset("", root=str(folder), **options)
-        indices = dataset.reader.class_to_idx
+        dataset = create_dataset(kind if kind.startswith("torch/") else "", root=str(folder), **options)
+        indices = (dataset if kind.startswith("torch/") else dataset.reader).class_to_idx
     except Exception as err:  # timm asserts, or raises what the file system or a class map gives
         if data_dir is not None:
             raise ValueError(f"--data-dir {data_dir} has no class folders with images ({err})") from None
         return [], f"unknown: {folder} cannot be read ({err}); --labels FILE or --data-dir FOLDER gives them"
-    names = sorted(indices, key=indices.__getitem__)
-    if len(names) == num_classes:
-        return names, f"the class folders in {folder}"
+    if sorted(indices.values()) == list(range(num_classes)):
+        return sorted(indices, key=indices.__getitem__), f"the class folders in {folder}"
+    count = len(set(indices.values()))  # a class map can join folders
     if data_dir is not None:
-        raise ValueError(f"--data-dir {data_dir} has {len(names)} class folders, and the model {num_classes} classes")
-    return [], f"unknown: {folder} has {len(names)} class folders; --labels FILE gives them"
+        raise ValueError(f"--data-dir {data_dir} has {count} classes, and the model {num_classes}; give --labels")
+    return [], f"unknown: {folder} has {count} classes; --labels FILE gives them"
 
 
 def _find_base(name: str, path: Path) -> tuple[str, Any, dict[str, Any]]:
