@@ -111,18 +111,12 @@ def test_several_models_at_once_through_vmap():
 def test_feature_extractors(model, feature_cls):
     same = dict(img_size=BUILT, depths=SMALL["depths"])
     features = timm.create_model("cmt_ti", features_only=True, feature_cls=feature_cls, **same).eval()
-    inner = getattr(features, "model", None)
-    if feature_cls == "getter":
-        inner.load_state_dict(model.state_dict(), strict=False)
-    elif feature_cls == "list":
-        state = {key.replace("stages.", "stages_"): value for key, value in model.state_dict().items()}
-        features.load_state_dict(state, strict=False)
+    assert not features.load_state_dict(model.state_dict(), strict=False).missing_keys
     x = images((117, 192))
     with torch.no_grad():
         outputs = features(x)
-        if feature_cls in ("list", "getter"):
-            for actual, expected in zip(outputs, model.forward_intermediates(x, intermediates_only=True)):
-                torch.testing.assert_close(actual, expected)
+        for actual, expected in zip(outputs, model.forward_intermediates(x, intermediates_only=True), strict=True):
+            torch.testing.assert_close(actual, expected)
     shapes = [tuple(output.shape[2:]) for output in outputs]
     assert shapes == [(59, 96), (29, 48), (14, 24), (7, 12), (3, 6)]
 
@@ -286,6 +280,24 @@ def test_set_input_size_of_a_model_made_without_timm_s_factory():
     assert model.stages[0].rel_pos_bias.query_size == (24, 16)
 
 
+def test_set_input_size_refuses_a_bias_that_is_no_parameter():
+    from torch.nn.utils import prune
+
+    model = make()
+    prune.l1_unstructured(model.stages[0].rel_pos_bias, "weight", 0.2)
+    with pytest.raises(RuntimeError, match="pruned or parametrized position bias cannot be resized; make that perm"):
+        model.set_input_size(96)
+    prune.remove(model.stages[0].rel_pos_bias, "weight")
+    model.set_input_size(96)
+    assert model(images((96, 96))).isfinite().all()
+
+
+def test_a_device_that_is_named_goes_before_torch_s_default():
+    with torch.device("meta"):
+        model = make(device="cpu")
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+
+
 def test_set_input_size_refuses_what_is_too_small():
     with pytest.raises(ValueError, match="at least 32 pixels"):
         make().set_input_size((96, 31))
@@ -342,6 +354,15 @@ def test_what_timm_saves_for_the_hub_comes_back_bit_for_bit(how, size, safe, tmp
     x = images(size, channels=model.in_chans)
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_saved_model_of_other_channels_comes_back_bit_for_bit(channels, tmp_path):
+    model = make(in_chans=channels, **WHOLE)
+    timm.models.save_for_hf(model, str(tmp_path))
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert_same_tensors(loaded, model)
+    assert loaded.pretrained_cfg["first_conv"] == "stem.conv1"
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 160)])

@@ -361,9 +361,20 @@ def test_grids_survive_bfloat16():
 
 
 @pytest.mark.parametrize("grid", [(256, 257), (257, 256)])  # as of 1024 x 1028 pixels
-def test_a_grid_that_is_recorded_exactly_is_not_taken_for_its_neighbour(grid):
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16])
+def test_a_grid_is_not_taken_for_its_neighbour(grid, dtype):
     bias = RelPosBias(1, grid, sr_ratio=8, device="meta")
-    assert bias.find_query_size(bias.weight, torch.tensor(grid), "weight") == grid
+    assert bias.find_query_size(bias.weight, torch.tensor(grid, dtype=dtype), "weight") == grid
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_what_others_put_into_the_model_loads_back(features):
+    model = timm.create_model(TI, img_size=64, depths=(1, 1, 2, 1), features_only=features)
+    stage = model.stages_2 if features else model.stages[2]
+    stage.blocks[1] = stage.blocks[0]  # a block that stands in two places
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    result = model.load_state_dict(model.state_dict(), strict=False)
+    assert not result.missing_keys and not result.unexpected_keys
 
 
 def test_the_classifier_s_weights_load_into_features_only_and_back():

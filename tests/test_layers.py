@@ -76,6 +76,28 @@ def test_evaluation_in_place_gives_the_same_and_hooks_turn_it_off():
         assert torch.equal(out, then), f"what a hook on {name} kept was overwritten"
 
 
+def test_a_hook_of_all_modules_keeps_what_it_saw():
+    model, seen = make(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda _, args, out: seen.append((out, out.clone())))
+    try:
+        with torch.no_grad():
+            model(images())
+    finally:
+        handle.remove()
+    assert seen and all(torch.equal(out, then) for out, then in seen)
+
+
+@pytest.mark.parametrize("kind", ["forward", "full_backward"])
+def test_a_hook_on_gelu_sees_maps(kind):
+    model, shapes = make(), []
+    for module in (model.stem.conv2, model.stages[0].blocks[0].mlp.conv2):
+        register = getattr(module.act, f"register_{kind}_hook")
+        register(lambda _, args, out: shapes.append(tuple((out[0] if isinstance(out, tuple) else out).shape)))
+    model(images()).sum().backward()
+    hidden = model.stages[0].blocks[0].mlp.conv2.norm.num_features
+    assert sorted(shapes) == sorted([(4, 16, 32, 32), (4, hidden, 16, 16)])
+
+
 def test_a_replaced_forward_is_called():
     model, seen = make(), []
     layer = model.stages[0].blocks[0].mlp.dwconv.norm
@@ -164,6 +186,26 @@ def test_attention_s_bias_is_not_copied_for_each_image(monkeypatch):
         model(images())
     biases = [stage.rel_pos_bias.weight for stage in model.stages for _ in stage.blocks]
     assert [mask.data_ptr() for mask in masks] == [bias.data_ptr() for bias in biases]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_drops_where_its_dropout_is_in_training(fused):
+    set_fused_attn(fused)
+    try:
+        model = make(attn_drop_rate=0.5)
+    finally:
+        set_fused_attn(True)
+    dropouts = [module.attn_drop for module in model.modules() if hasattr(module, "attn_drop")]
+    with torch.no_grad():
+        for dropout in dropouts:
+            dropout.train()
+        assert not torch.equal(model(images()), model(images()))  # Monte Carlo dropout
+        for stage in model.stages:
+            for block in stage.blocks:
+                block.attn.training = True
+        for dropout in dropouts:
+            dropout.eval()
+        assert torch.equal(model(images()), model(images()))
 
 
 def test_attention_by_the_formula_calls_its_dropout():

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from functools import partial
 
 import pytest
 import timm
@@ -178,6 +179,36 @@ def test_evaluation_and_averaged_copies_are_plain():
         assert torch.equal(plain(images()), copy.deepcopy(other)(images()))
         # TorchScript takes other kernels.
         torch.testing.assert_close(torch.jit.script(other)(images()), plain(images()), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_functional_call_lends_have_the_gradients_of_plain_training():
+    gradients = []
+    for recompute in (False, True):
+        model = make(recompute).double()
+        lent = {name: (param.detach() + 0.01).requires_grad_() for name, param in model.named_parameters()}
+        loss = torch.func.functional_call(model, lent, (images().double(),)).square().mean()
+        gradients.append(torch.autograd.grad(loss, list(lent.values())))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_activation_that_writes_over_its_input_trains_as_without_it():
+    assert_same_step(*(make(recompute, act_layer=partial(nn.ReLU, inplace=True)) for recompute in (False, True)))
+
+
+def test_gradient_checkpointing_keeps_less():
+    plain, other = make(False), make(False)
+    other.set_grad_checkpointing()
+    assert count_kept(other, images()) < 0.5 * count_kept(plain, images())
+
+
+def test_nothing_is_computed_twice_in_evaluation():
+    counts = []
+    for recompute in (False, True):
+        with Counts() as operators:
+            make(recompute).eval()(images()).sum().backward()
+        counts.append(operators.of)
+    assert counts[0] == counts[1] and counts[0]["gelu"]
 
 
 def test_dropout_other_activations_and_hooks_train_as_without_it():

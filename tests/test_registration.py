@@ -137,7 +137,7 @@ def test_a_file_of_ours_imported_after_a_purge_of_timm_uses_the_new_timm(forks):
     assert said(forks.run(PURGE + textwrap.dedent(code) + SHOW)) == FIVE
 
 
-@pytest.mark.parametrize("packages", [("timm",), ("timm", "timm_cmt")], ids="-".join)
+@pytest.mark.parametrize("packages", [("timm",), ("timm_cmt",), ("timm", "timm_cmt")], ids="-".join)
 def test_purged_and_imported_again_timm_has_the_models(forks, packages):
     code = f"""
     import timm, timm_cmt.checkpoint

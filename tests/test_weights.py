@@ -1,8 +1,11 @@
 """Weights come whole and from where the package says, and what is amiss with a file is said in one line."""
 
+import argparse
 import os
 import pickle
 import tempfile
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -18,6 +21,25 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from timm_cmt import weights
 
 URL = f"https://nowhere.invalid/{RELEASE_FILES['cmt_ti']}"
+
+
+def test_a_thread_keeps_what_is_allowed_while_another_ends():
+    inside, ended, allowed = threading.Event(), threading.Event(), []
+
+    def other():
+        inside.wait()
+        with weights.allow_arguments():
+            ended.wait(1)
+            allowed.append(argparse.Namespace in torch.serialization.get_safe_globals())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with weights.allow_arguments():
+        inside.set()
+        time.sleep(0.1)
+    ended.set()
+    thread.join()
+    assert allowed == [True] and argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
 @pytest.fixture

@@ -138,6 +138,7 @@ def adapt(
         RuntimeError: It is of another network. One sentence says what it is, and what to do.
     """
     own = {_common_name(name): name for name in _named_tensors(model)}
+    names_to_return = {_common_name(name): name for name in state_dict} | own
     tensors = from_authors_layout({_common_name(name): tensor for name, tensor in state_dict.items()})
     if is_whole and tensors and not own.keys() & tensors.keys():
         raise RuntimeError(_describe_other(tensors))
@@ -158,7 +159,7 @@ def adapt(
             if old not in (None, module.query_size) and _common_name(name).startswith("stages.0."):
                 sides = [4 * side for side in (*old, *module.query_size)]  # the first stage lies at stride 4
                 _logger.info("Resized the relative position bias from %d x %d to %d x %d pixels", *sides)
-    return {own.get(name, name): tensor for name, tensor in tensors.items()}
+    return {names_to_return.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def refuse_misfit(state_dict: Mapping[str, Any], model: nn.Module) -> None:
@@ -185,12 +186,16 @@ def refuse_misfit(state_dict: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # A block may stand in two places.
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _common_name(name: str) -> str:
     """A tensor's name in CMT, from its name in a feature extractor of timm's: stages_0.x, model.stages.0.x, body.x."""
-    return re.sub(r"^(?:model\.|body\.)?(?:stages_(\d+)\.)?", lambda m: f"stages.{m[1]}." if m[1] else "", name)
+    return re.sub(
+        r"^(?:model\.|body\.|graph_module\.)?(?:stages_(\d+)\.)?", lambda m: f"stages.{m[1]}." if m[1] else "", name
+    )
 
 
 def _describe_other(tensors: Mapping[str, Any]) -> str:

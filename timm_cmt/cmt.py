@@ -26,7 +26,6 @@ from timm.layers import (
     LayerType,
     calculate_drop_path_rates,
     create_classifier,
-    get_act_layer,
     get_norm_layer,
     register_notrace_module,
     to_2tuple,
@@ -38,7 +37,7 @@ from timm.models._features import feature_take_indices  # timm exports it nowher
 from torch import Tensor, nn
 
 from .checkpoint import Shape, adapt, get_weights, refuse_misfit
-from .layers import ActNormConv, ConvNorm, attend, fold_norm_after, plain_conv, run_block, to_channels_last
+from .layers import ActNormConv, ConvNorm, attend, fold_norm_after, make_act, plain_conv, run_block, to_channels_last
 from .plugin import build_model_with_cfg, register_model, update_model_input_size
 from .rel_pos_bias import RelPosBias
 from .weights import RELEASE_URL
@@ -95,7 +94,7 @@ class Stem(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, **dd)
         self.conv2 = ActNormConv(nn.Conv2d(dim, dim, 3, padding=1, **dd), **layers, **dd)
         self.conv3 = ActNormConv(nn.Conv2d(dim, dim, 3, padding=1, **dd), **layers, **dd)
-        self.act = get_act_layer(act_layer)()
+        self.act = make_act(act_layer)
         self.norm = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,7 +204,7 @@ class LightweightAttention(nn.Module):
 
         bias = bias.to(q.dtype)
         if self.fused_attn:
-            x = attend(q, k, v, bias, self.scale, dropout_p=self.attn_drop.p if self.training else 0.0)
+            x = attend(q, k, v, bias, self.scale, dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0)
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1) + bias
             x = self.attn_drop(attn.softmax(dim=-1)) @ v

@@ -19,11 +19,32 @@ __all__ = [
     "ConvNorm",
     "attend",
     "fold_norm_after",
+    "make_act",
     "plain_conv",
     "refuse_other_kind",
     "run_block",
     "to_channels_last",
 ]
+
+
+class ChannelsLastGELU(nn.GELU):
+    """GELU of a map [B, C, H, W] that lies channels-last in memory, as fast as of a contiguous one.
+
+    The CPU's fast GELU takes contiguous tensors only. Such a map is one with its axes in memory's order.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _is_recorded():
+            return F.gelu(x, approximate=self.approximate)
+        return F.gelu(x.permute(0, 2, 3, 1), approximate=self.approximate).permute(0, 3, 1, 2)
+
+
+def make_act(act_layer: LayerType) -> nn.Module:
+    """An activation, of timm's or of the user's, for such maps."""
+    act = get_act_layer(act_layer)()
+    if type(act) in (nn.GELU, GELU):
+        return ChannelsLastGELU(getattr(act, "approximate", "none"))
+    return act
 
 
 class ActNormConv(nn.Module):
@@ -53,7 +74,7 @@ class ActNormConv(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        self.act = get_act_layer(act_layer)()
+        self.act = make_act(act_layer)
         self.norm = norm_layer(conv.in_channels, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
         self.conv = conv
@@ -65,13 +86,14 @@ class ActNormConv(nn.Module):
         if torch.jit.is_scripting():
             return self._convolve(self.norm(self.act(x)), False)
         else:
-            if self.recompute and self.training and _is_eager(x):
+            if self.recompute and self._can_recompute(x):
                 return _run_twice(self, self._compute, x)
             return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
         overwrite = self._can_overwrite(x)
-        return self._convolve(_act_norm(x, self.act, self.norm, overwrite), overwrite)
+        y = self.act(x)
+        return self._convolve(_norm_in_place(y, self.norm) if overwrite else self.norm(y), overwrite)
 
     def _convolve(self, y: Tensor, overwrite: bool) -> Tensor:
         y = self.drop(y)
@@ -82,13 +104,19 @@ class ActNormConv(nn.Module):
             return out.add_(y) if overwrite else out + y
         return out
 
+    def _can_recompute(self, x: Tensor) -> bool:
+        """Will input and parameters be the same in the backward pass? torch.func.functional_call takes its own back."""
+        is_own = all(isinstance(param, nn.Parameter) for param in self.parameters())
+        return self.training and _is_eager(x) and is_own and not getattr(self.act, "inplace", False)
+
     def _can_overwrite(self, x: Tensor) -> bool:
         """May BatchNorm and the shortcut's sum write over what nobody else has? For the CPU, new memory is slow."""
         if not _is_eager(x) or torch.is_grad_enabled() or not x.is_cpu or x.dtype != torch.float32:
             return False
         norm, conv = self.norm, self.conv if self.reparam_conv is None else self.reparam_conv
         is_affine = type(norm) is nn.BatchNorm2d and norm.running_mean is not None and not norm.training
-        return is_affine and not any(map(_has_hooks, (self.act, norm, conv)))
+        is_known = is_affine and type(self.act) is ChannelsLastGELU
+        return is_known and not any(map(_has_hooks, (self.act, norm, conv)))
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -248,21 +276,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, dropout_
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
 
-def _act_norm(x: Tensor, act: nn.Module, norm: Any, overwrite: bool) -> Tensor:
-    if _is_recorded() or type(act) not in (nn.GELU, GELU) or _has_hooks(act):
-        return norm(act(x))
-    # The CPU's fast GELU takes contiguous tensors only. A channels-last map is one with its axes in memory's order.
-    y = act(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    if not overwrite:
-        return norm(y)
-    # BatchNorm in evaluation, with the same bits, by the one function of it that can write over its input.
+def _norm_in_place(y: Tensor, norm: Any) -> Tensor:
+    """BatchNorm in evaluation, with the same bits, by the one function of it that can write over its input."""
     statistics = norm.weight, norm.bias, norm.running_mean, norm.running_var
     return torch.native_batch_norm(y, *statistics, False, 0.0, norm.eps, out=(y, y.new_empty(0), y.new_empty(0)))[0]
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    # No public name tells of hooks. Offloading tools replace `forward`.
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    # No public name tells of hooks, its own or those of all modules. Offloading tools replace `forward`.
+    of_all = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or of_all or "forward" in vars(module))
 
 
 def _is_recorded() -> bool:

@@ -27,7 +27,10 @@ def register_model(fn: Callable[..., Any]) -> Callable[..., Any]:
         return models.register_model(fn)
     if model_entrypoint(name).__module__ != fn.__module__:
         warnings.warn(f"timm-cmt: timm has its own {name}, which stays; that of timm-cmt is not there", stacklevel=2)
-    return fn
+        return fn
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Overwriting", by this file, imported again
+        return models.register_model(fn)
 
 
 def build_model_with_cfg(
@@ -53,6 +56,11 @@ def build_model_with_cfg(
     if pretrained and (repository := _find_repository(variant, cfg)):
         pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, hf_hub_id=repository)
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    channels = kwargs.get("in_chans", cfg.input_size[0])
+    is_old = not hasattr(models, "get_model_input_config")  # it adapts a first convolution that fits, and cannot
+    keeps_first_conv = is_old and pretrained and channels == cfg.input_size[0] != 3
+    if keeps_first_conv:
+        pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, first_conv=None)
     # timm hands on the config's size only where that says it is fixed; a config saved from an instance does not.
     img_size = kwargs.setdefault("img_size", tuple(cfg.input_size[-2:]))
     with allow_arguments():  # the authors' checkpoints hold some, and where timm loads a URL, it allows none
@@ -72,7 +80,9 @@ def build_model_with_cfg(
             raise RuntimeError(
                 f"the weights in {cfg.hf_hub_id or cfg.file} are no whole safetensors file ({err}); publish them again"
             ) from err
-    update_model_input_size(model, img_size, kwargs.get("in_chans", cfg.input_size[0]))
+    if keeps_first_conv:
+        vars(model)["pretrained_cfg"]["first_conv"] = cfg.first_conv
+    update_model_input_size(model, img_size, channels)
     return model
 
 

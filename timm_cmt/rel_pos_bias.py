@@ -118,16 +118,25 @@ class RelPosBias(nn.Module):
     def reset_parameters(self) -> None:
         """B ~ N(0, 1), as the authors initialise it."""
         nn.init.normal_(self.weight)
-        self.query_grid.copy_(torch.tensor(self.query_size))
+        self.query_grid.copy_(self.query_grid.new_tensor(self.query_size))
 
     def key_size(self, query_size: tuple[int, int]) -> tuple[int, int]:
         """The grid that a convolution of kernel and stride `sr_ratio` makes of a grid of queries."""
         return query_size[0] // self.sr_ratio, query_size[1] // self.sr_ratio
 
     def set_query_size(self, query_size: tuple[int, int]) -> None:
-        """Resize B for good; the parameter is replaced where the size changes."""
+        """Resize B for good; the parameter is replaced where the size changes.
+
+        Raises:
+            RuntimeError: B is no parameter, but computed from some.
+        """
         if query_size == self.query_size:
             return
+        if not isinstance(self.weight, nn.Parameter):
+            raise RuntimeError(
+                "a pruned or parametrized position bias cannot be resized; make that permanent first, by "
+                "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+            )
         weight = self._resize(self.weight.detach(), self.query_size, query_size)
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self.query_size = query_size
@@ -165,8 +174,9 @@ class RelPosBias(nn.Module):
         grids = [grid for grid in grids if math.prod(self.key_size(grid)) == keys]
         if query_grid is not None and not query_grid.is_meta:
             height, width = (float(side) for side in query_grid)
-            # A bfloat16 holds no more than 8 bits of a side. The nearest grid first: 257 x 256 is near 256 x 257.
-            for h, w in sorted(grids, key=lambda grid: abs(grid[0] - height)):
+            # A bfloat16 holds no more than 8 bits of a side. The nearest grid first, since 257 x 256 is near 256 x 257,
+            # and the model's own of two that are as near.
+            for h, w in sorted(grids, key=lambda g: (abs(g[0] - height) + abs(g[1] - width), g != self.query_size)):
                 if abs(h - height) <= h / 256 and abs(w - width) <= w / 256:
                     return h, w
             raise RuntimeError(

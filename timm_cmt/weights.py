@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ __all__ = ["RELEASE_URL", "allow_arguments", "check_file", "ensure_whole", "fetc
 RELEASE_URL = "https://github.com/ggjy/CMT.pytorch/releases/download/release-v1"
 
 _logger = logging.getLogger(__name__)
+_allowing = threading.RLock()
 _is_progress_shown = ContextVar("is_progress_shown", default=True)
 
 
@@ -52,11 +54,12 @@ def allow_arguments() -> Iterator[None]:
 
     Nothing else is allowed, and only within the context.
     """
-    if argparse.Namespace in torch.serialization.get_safe_globals():
-        yield  # On leaving, torch would take back what the user has allowed.
-        return
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        yield
+    with _allowing:  # what one thread takes back, another may need
+        if argparse.Namespace in torch.serialization.get_safe_globals():
+            yield  # On leaving, torch would take back what the user has allowed.
+            return
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            yield
 
 
 @contextmanager
