@@ -57,9 +57,7 @@ Layer = Callable[..., nn.Module]
 def check_size(x: Tensor, min_size: int = MIN_SIZE) -> Tensor:  # an argument, since TorchScript knows no globals
     """Raise ValueError for what is no batch of images, or of images too small to leave a token in the last stage."""
     if x.ndim != 4:
-        raise ValueError(
-            f"CMT takes images [B, C, H, W], not a tensor of {x.ndim} dimensions; for one image, pass image[None]"
-        )
+        raise ValueError(f"CMT takes images [B, C, H, W], not a tensor of {x.ndim} dimensions; pass image[None]")
     H, W = x.shape[-2:]
     if H < min_size or W < min_size:
         raise ValueError(f"an image of {H} x {W} pixels is too small for CMT; it takes {min_size} x {min_size} or more")
@@ -509,6 +507,7 @@ class CMT(nn.Module):
 
         Raises:
             ValueError: A side is under 32 pixels.
+            RuntimeError: A bias is pruned or parametrized.
         """
         img_size = _check_img_size(img_size)
         stage: Any
@@ -528,6 +527,8 @@ class CMT(nn.Module):
             global_pool = self.global_pool.pool_type or ("avg" if num_classes else "")
         dd: dict[str, Any] = {"device": param.device, "dtype": param.dtype}
         self.global_pool, self.head = create_classifier(self.head_hidden_size, num_classes, pool_type=global_pool, **dd)
+        self.global_pool.train(self.training)
+        self.head.train(self.training)
 
     def forward_intermediates(
         self,

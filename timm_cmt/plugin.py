@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,7 +64,8 @@ def build_model_with_cfg(
         pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, first_conv=None)
     # timm hands on the config's size only where that says it is fixed; a config saved from an instance does not.
     img_size = kwargs.setdefault("img_size", tuple(cfg.input_size[-2:]))
-    with allow_arguments():  # the authors' checkpoints hold some, and where timm loads a URL, it allows none
+    # The authors' checkpoints hold arguments, and where timm loads a URL, it allows none.
+    with allow_arguments() if pretrained else nullcontext():
         if pretrained:
             ensure_whole(cfg, cache_dir)
         try:
